@@ -1,0 +1,64 @@
+// The C interface over Engine. Nothing throws across it.
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "engine.h"
+
+struct lt_engine {
+  lowtide::Engine engine;
+};
+
+extern "C" {
+
+const char *lt_available_isas(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const lowtide::Kernels *k : lowtide::available_kernels()) joined += (joined.empty() ? "" : ",") + std::string(k->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+lt_engine *lt_engine_new(const lt_model *model, int threads, const char *isa, char *error, int error_size) {
+  const lowtide::Kernels *kernels = lowtide::find_kernels(isa);
+  if (model->abi_version != LT_ABI_VERSION) {
+    std::snprintf(error, (size_t)error_size, "the native library speaks interface %d, the caller %d", LT_ABI_VERSION,
+                  (int)model->abi_version);
+    return nullptr;
+  }
+  if (!kernels) {
+    std::snprintf(error, (size_t)error_size, "instruction set '%s' is not available on this machine (it has: %s)",
+                  isa ? isa : "", lt_available_isas());
+    return nullptr;
+  }
+  try {
+    return new lt_engine{lowtide::Engine(*model, threads, kernels)};
+  } catch (const std::exception &e) {
+    std::snprintf(error, (size_t)error_size, "could not start the engine: %s", e.what());
+    return nullptr;
+  }
+}
+
+void lt_engine_free(lt_engine *engine) { delete engine; }
+
+const char *lt_engine_isa(const lt_engine *engine) { return engine->engine.kernels().name; }
+
+void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_policy *policy, float *logits,
+               lt_stats *stats) {
+  engine->engine.decode(token, position, *policy, logits, stats);
+}
+
+void lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits) {
+  engine->engine.prefill(tokens, n, position, all_logits != 0, logits);
+}
+
+int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y) {
+  return engine->engine.group_product(group, x, *policy, y);
+}
+
+double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats) {
+  return engine->engine.read_bandwidth(bytes, repeats);
+}
+
+}  // extern "C"

@@ -1,0 +1,220 @@
+// The step for one token: five waits a layer, everything between them is done by all threads at once.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine.h"
+
+namespace lowtide {
+
+namespace {
+
+// Byte offsets of the selected entries in one matrix. The list goes on with its last entry, so that looking ahead
+// asks for a line that is there already.
+void set_offsets(Selection &s, const lt_group &g, const lt_linear &l) {
+  const int64_t n = s.class_begin[s.slices];
+  const uint32_t run = (uint32_t)Tiling(l.out).run_bytes(), plane = run * (uint32_t)g.in;
+  uint32_t *offset = s.offset.data();
+  for (int64_t e = 0; e < n; ++e) offset[e] = s.channel[e] * run + s.slice[e] * plane;
+  if (n) std::fill(offset + n, offset + n + kAhead * kBlock, offset[n - 1]);
+}
+
+}  // namespace
+
+Share share_of(const lt_group &g, int tid, int threads) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < g.linear_count; ++i) total += Tiling(g.linear[i].out).pad / 64;
+  const int64_t low = total * tid / threads, high = total * (tid + 1) / threads;
+  Share share{0, 0};
+  int64_t weight = 0, unit = 0;
+  for (int64_t i = 0; i < g.linear_count; ++i) {
+    const Tiling t(g.linear[i].out);
+    for (int64_t k = 0; k < t.count; ++k, ++unit) {
+      const int64_t middle = 2 * weight + t.width(k) / 64;  // a unit belongs to the thread that its middle falls to
+      if (middle < 2 * low) share.begin = unit + 1;
+      if (middle < 2 * high) share.end = unit + 1;
+      weight += t.width(k) / 64;
+    }
+  }
+  share.end = std::max(share.end, share.begin);
+  return share;
+}
+
+// The rule turns its parameters into thresholds on a score; a null score means |x - mean| * importance.
+void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const float *x, const lt_policy &policy,
+                           float *out, const float **score) {
+  const float *params = policy.params + row * LT_MAX_SLICES;
+  const float factor = (float)std::exp2(policy.log2_offset);
+  float *sc = w.selection.score.data();
+  *score = nullptr;
+  for (int64_t s = 0; s < g.slices; ++s) out[s] = params[s] * factor;
+  switch (policy.rule) {
+    case LT_DENSE:
+      std::fill(sc, sc + g.in, 1.0f);
+      for (int64_t e = 0; e < g.exact_count; ++e) sc[g.exact_channels[e]] = 0;
+      for (int64_t s = 0; s < g.slices; ++s) out[s] = 0.5f;
+      *score = sc;
+      break;
+    case LT_CHANNEL_ABS:
+      k_.scores(g, x, false, sc);
+      *score = sc;
+      break;
+    case LT_GATE:
+      if (row % 4 == kDown && row < head_group()) {
+        const float *gate = gate_up_.data();
+        for (int64_t j = 0; j < g.in; ++j) sc[j] = std::fabs(gate[j] / (1.0f + std::exp(-gate[j])));
+      } else {  // elsewhere a static choice: finite thresholds are passed by every channel
+        std::fill(sc, sc + g.in, INFINITY);
+      }
+      for (int64_t e = 0; e < g.exact_count; ++e) sc[g.exact_channels[e]] = -1;
+      *score = sc;
+      break;
+    case LT_TOPK: {
+      k_.scores(g, x, true, sc);
+      std::vector<float> rank(sc, sc + g.in);
+      for (int64_t s = 0; s < g.slices; ++s) {  // the count-th largest score is the last one read
+        const int64_t count = std::clamp<int64_t>((int64_t)std::ceil(params[s] / factor), 0, g.in);
+        if (count == 0) {
+          out[s] = INFINITY;
+        } else if (count == g.in) {
+          out[s] = -1;
+        } else {
+          std::nth_element(rank.begin(), rank.begin() + count, rank.end(), std::greater<float>());
+          out[s] = rank[count];
+        }
+      }
+      for (int64_t e = 0; e < g.exact_count; ++e) sc[g.exact_channels[e]] = -INFINITY;
+      *score = sc;
+      break;
+    }
+    case LT_STATISTICAL_TOPK: {
+      k_.scores(g, x, true, sc);
+      double sum = 0, squares = 0;
+      for (int64_t j = 0; j < g.in; ++j) sum += sc[j], squares += (double)sc[j] * sc[j];
+      const double mean = sum / g.in, sd = std::sqrt(std::max(squares / g.in - mean * mean, 0.0));
+      for (int64_t s = 0; s < g.slices; ++s) out[s] = (float)(mean + (params[s] + policy.log2_offset) * sd);
+      for (int64_t e = 0; e < g.exact_count; ++e) sc[g.exact_channels[e]] = -INFINITY;
+      *score = sc;
+      break;
+    }
+    default: break;
+  }
+}
+
+// Returns the bits that this input reads of the group.
+int64_t Engine::choose(Worker &w, int64_t group, const float *x, const lt_policy &policy) {
+  const lt_group &g = groups_[group];
+  float thresholds[LT_MAX_SLICES];
+  const float *score;
+  thresholds_of(w, g, group, x, policy, thresholds, &score);
+  k_.select(g, x, score, thresholds, w.selection);
+  int64_t rows = 0;
+  for (int64_t i = 0; i < g.linear_count; ++i) rows += g.linear[i].out;
+  return 2 * w.selection.read_levels() * rows + g.side_bits;
+}
+
+// This thread's tiles of every linear layer of the group.
+void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
+  const lt_group &g = groups_[group];
+  Worker &w = workers_[tid];
+  const Share share = share_of(g, tid, pool_.size());
+  int64_t unit = 0;
+  for (int64_t i = 0; i < g.linear_count; ++i) {
+    const lt_linear &l = g.linear[i];
+    const Tiling t(l.out);
+    const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
+    unit += t.count;
+    if (begin >= end) continue;
+    set_offsets(w.selection, g, l);
+    for (int64_t k = begin; k < end; k += kPassTiles)
+      k_.tiles(g, l, w.selection, k, std::min(end, k + kPassTiles), accumulate, w.acc.data(), y[i] + t.first(k));
+  }
+}
+
+void Engine::attend(int tid, int64_t layer, int64_t position) {
+  const int64_t hd = model_.head_dim, per = model_.heads / model_.kv_heads;
+  const int64_t begin = model_.heads * tid / pool_.size(), end = model_.heads * (tid + 1) / pool_.size();
+  for (int64_t h = begin; h < end;) {
+    const int64_t kv = h / per, stop = std::min(end, (kv + 1) * per);
+    k_.attention(qkv_.data() + h * hd, stop - h, hd, keys(layer, kv), values(layer, kv), position + 1,
+                 workers_[tid].scratch.data(), attended_.data() + h * hd);
+    h = stop;
+  }
+}
+
+void Engine::decode_thread(int tid, int64_t token, int64_t position, const lt_policy &policy, float *logits) {
+  const lt_model &m = model_;
+  const int64_t hd = m.head_dim, q_rows = m.heads * hd, kv_rows = m.kv_heads * hd;
+  Worker &w = workers_[tid];
+  float *q = qkv_.data(), *k = q + q_rows, *v = k + kv_rows;
+  if (tid == 0) {
+    const lt_group &e = embed_group();
+    k_.embed(e, e.linear[0], token, x_.data());
+    set_angles(position, cosine_.data(), sine_.data());
+  }
+  pool_.barrier();
+  for (int64_t layer = 0; layer < m.layers; ++layer) {
+    const int64_t group = layer * 4;
+    const auto pick = [&](int kind, const float *x) {
+      const int64_t bits = choose(w, group + kind, x, policy);
+      if (tid == 0) bits_[group + kind] = bits;
+    };
+    k_.rmsnorm(x_.data(), norms_[2 * layer], m.hidden, (float)m.rms_eps, w.normed.data());
+    pick(kQkv, w.normed.data());
+    float *const qkv[3] = {q, k, v};
+    product(tid, group + kQkv, qkv, false);
+    pool_.barrier();
+    for (int64_t h = m.heads * tid / pool_.size(); h < m.heads * (tid + 1) / pool_.size(); ++h)
+      k_.rope(q + h * hd, cosine_.data(), sine_.data(), hd);
+    for (int64_t h = tid; h < m.kv_heads; h += pool_.size()) {
+      k_.rope(k + h * hd, cosine_.data(), sine_.data(), hd);
+      k_.store_kv(k + h * hd, v + h * hd, hd, position, keys(layer, h), values(layer, h));
+    }
+    pool_.barrier();
+    attend(tid, layer, position);
+    pool_.barrier();
+    pick(kO, attended_.data());
+    float *const residual[1] = {x_.data()};
+    product(tid, group + kO, residual, true);
+    pool_.barrier();
+    k_.rmsnorm(x_.data(), norms_[2 * layer + 1], m.hidden, (float)m.rms_eps, w.normed.data());
+    pick(kGateUp, w.normed.data());
+    float *const pair[2] = {gate_up_.data(), gate_up_.data() + m.intermediate};
+    product(tid, group + kGateUp, pair, false);
+    pool_.barrier();
+    // Every thread needs all of it to choose channels, and computing it is cheaper than waiting once more.
+    k_.swiglu(pair[0], pair[1], m.intermediate, w.hidden.data());
+    pick(kDown, w.hidden.data());
+    product(tid, group + kDown, residual, true);
+    pool_.barrier();
+  }
+  if (!logits) return;
+  k_.rmsnorm(x_.data(), norms_[2 * m.layers], m.hidden, (float)m.rms_eps, w.normed.data());
+  const int64_t bits = choose(w, head_group(), w.normed.data(), policy);
+  if (tid == 0) bits_[head_group()] = bits;
+  float *const out[1] = {logits};
+  product(tid, head_group(), out, false);
+}
+
+void Engine::decode(int64_t token, int64_t position, const lt_policy &policy, float *logits, lt_stats *stats) {
+  std::fill(bits_.begin(), bits_.end(), 0);
+  pool_.run([&](int tid) { decode_thread(tid, token, position, policy, logits); });
+  if (!stats) return;
+  const lt_group &e = embed_group();
+  *stats = {};
+  for (int64_t g = 0; g < head_group(); ++g) stats->body_bits += bits_[g];
+  stats->head_bits = bits_[head_group()];
+  stats->embed_bits = 2 * e.slices * e.in + 16 * e.in + 16;
+  stats->cache_bytes = model_.layers * model_.kv_heads * (position + 1) * 4 * model_.head_dim;
+}
+
+int64_t Engine::group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y) {
+  pool_.run([&](int tid) {
+    const int64_t bits = choose(workers_[tid], group, x, policy);
+    if (tid == 0) bits_[group] = bits;
+    product(tid, group, y, false);
+  });
+  return bits_[group];
+}
+
+}  // namespace lowtide

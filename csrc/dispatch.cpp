@@ -1,0 +1,39 @@
+#include "dispatch.h"
+
+#include <cstring>
+
+namespace lowtide {
+
+const std::vector<const Kernels *> &available_kernels() {
+  static const std::vector<const Kernels *> table = [] {
+    std::vector<const Kernels *> found;
+    for (const Kernels *k : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+      if (k) found.push_back(k);
+    return found;
+  }();
+  return table;
+}
+
+const Kernels *find_kernels(const char *name) {
+  for (const Kernels *k : available_kernels())
+    if (!name || !*name || !std::strcmp(k->name, name)) return k;
+  return nullptr;
+}
+
+void Selection::reserve(int64_t max_in) {
+  // Vector stores run up to 15 lanes over, and every class is padded to four entries.
+  const size_t channels = (size_t)max_in + 16;
+  const size_t entries = (size_t)max_in * LT_MAX_SLICES + 16 + 4 * LT_MAX_SLICES;
+  a.resize(channels);
+  score.resize(channels);
+  for (int l = 1; l <= LT_MAX_SLICES; ++l) {
+    level_channel[l].resize(channels);
+    level_value[l].resize(channels);
+  }
+  channel.resize(entries);
+  slice.resize(entries);
+  coef.resize(entries);
+  offset.resize(entries + kAhead * kBlock);
+}
+
+}  // namespace lowtide

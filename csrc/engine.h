@@ -1,0 +1,88 @@
+// The decoder: state, the step for one token, and prefill.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace lowtide {
+
+enum GroupKind { kQkv = 0, kO = 1, kGateUp = 2, kDown = 3 };
+
+// Vectors are stored whole, so accumulators start on a cache line.
+struct AlignedInts {
+  alignas(64) int32_t values[kPassTiles * 256];
+  int32_t *data() { return values; }
+};
+
+// What one thread needs for itself.
+struct Worker {
+  Selection selection;
+  std::vector<float> normed;     // [hidden]
+  std::vector<float> hidden;     // [intermediate] activated FFN neurons
+  AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
+  std::vector<float> scratch;    // attention scores
+  std::vector<float> panel;      // prefill: unpacked weights
+  std::vector<float> block;      // prefill: one tile part of the output
+};
+
+class Engine {
+ public:
+  Engine(const lt_model &model, int threads, const Kernels *kernels);
+
+  void decode(int64_t token, int64_t position, const lt_policy &policy, float *logits, lt_stats *stats);
+  void prefill(const int32_t *tokens, int64_t n, int64_t position, bool all_logits, float *logits);
+  int64_t group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y);
+  double read_bandwidth(int64_t bytes, int repeats);
+  const Kernels &kernels() const { return k_; }
+
+ private:
+  // decode.cpp
+  void decode_thread(int tid, int64_t token, int64_t position, const lt_policy &policy, float *logits);
+  int64_t choose(Worker &w, int64_t group, const float *x, const lt_policy &policy);
+  void thresholds_of(Worker &w, const lt_group &g, int64_t row, const float *x, const lt_policy &policy, float *out,
+                     const float **score);
+  void product(int tid, int64_t group, float *const *y, bool accumulate);
+  void attend(int tid, int64_t layer, int64_t position);
+  // prefill.cpp
+  void prefill_chunk(int tid, const int32_t *tokens, int64_t n, int64_t position);
+  void dense(int tid, int64_t group, const float *x, int64_t n, float *const *y, bool accumulate);
+  void centre(int tid, const lt_group &g, const float *x, int64_t n);
+  void head(int tid, int64_t first, int64_t n, float *logits);
+
+  void set_angles(int64_t position, float *cosine, float *sine) const;
+  int64_t head_group() const { return model_.layers * 4; }
+  const lt_group &embed_group() const { return model_.groups[head_group() + (model_.tied ? 0 : 1)]; }
+  uint16_t *keys(int64_t layer, int64_t kv_head) { return keys_.data() + (layer * model_.kv_heads + kv_head) * key_stride_; }
+  uint16_t *values(int64_t layer, int64_t kv_head) {
+    return values_.data() + (layer * model_.kv_heads + kv_head) * value_stride_;
+  }
+
+  lt_model model_;
+  std::vector<lt_group> groups_;
+  std::vector<const float *> norms_;
+  std::vector<double> inv_freq_;
+  const Kernels &k_;
+  Pool pool_;
+  std::vector<Worker> workers_;
+  int64_t key_stride_, value_stride_;
+  std::vector<uint16_t> keys_, values_;
+  std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
+  std::vector<int64_t> bits_;                       // per group, of the token in progress
+  // Prefill buffers, [chunk, ...]
+  std::vector<float> px_, pnormed_, pcentred_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
+};
+
+// A run of the group's tiles, counted through all its linear layers, for each thread; near equal in rows.
+struct Share {
+  int64_t begin, end;
+};
+Share share_of(const lt_group &g, int tid, int threads);
+
+constexpr int64_t kChunk = 96;      // prefill: tokens per pass over the weights
+constexpr int64_t kDepth = 512;     // prefill: channels unpacked at a time
+
+}  // namespace lowtide

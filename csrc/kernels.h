@@ -1,0 +1,91 @@
+// The table of functions that every instruction set provides, and the data they pass around.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "lowtide.h"
+
+namespace lowtide {
+
+// The digit product takes entries in blocks of this many.
+constexpr int64_t kBlock = 16;
+// It asks memory for the block this many bytes ahead, at most kAhead blocks.
+constexpr int64_t kAheadBytes = 6144;
+constexpr int64_t kAhead = 8;
+// Tiles that one pass sums up: their accumulators stay in the first-level cache.
+constexpr int64_t kPassTiles = 24;
+
+// The channels of one input that are read, and with which coefficients (docs/architecture.md: Score and level,
+// Coefficients). Entries are grouped by class, each class padded to a multiple of four with zero coefficients.
+struct Selection {
+  int64_t in = 0, slices = 0;
+  std::vector<float> a;                               // [in] centred input
+  std::vector<float> score;                           // [in] scratch for rules that rank
+  std::vector<uint32_t> level_channel[LT_MAX_SLICES + 1];  // channels by level
+  std::vector<float> level_value[LT_MAX_SLICES + 1];       // a * c * gamma of the same channels
+  int64_t level_count[LT_MAX_SLICES + 1] = {};
+  std::vector<uint32_t> channel;                      // [entries]
+  std::vector<uint8_t> slice;                         // [entries]
+  std::vector<int8_t> coef;                           // [entries]
+  std::vector<uint32_t> offset;                       // [entries + kAhead * kBlock] scratch: byte offsets into one matrix
+  int64_t class_begin[LT_MAX_SLICES + 1] = {};        // entry where each class begins
+  float class_scale[LT_MAX_SLICES] = {};              // S_k
+  int32_t class_sum[LT_MAX_SLICES] = {};              // sum of the coefficients
+  void reserve(int64_t max_in);
+  int64_t read_levels() const {                       // sum over channels of the level
+    int64_t n = 0;
+    for (int l = 1; l <= slices; ++l) n += l * level_count[l];
+    return n;
+  }
+};
+
+struct Kernels {
+  const char *name;
+  // Levels from thresholds[slices] and from `score` (or |x - mean| * importance where score is null).
+  void (*select)(const lt_group &g, const float *x, const float *score, const float *thresholds, Selection &s);
+  // score_j = |x_j - mean_j| (* importance_j); exact channels get 0.
+  void (*scores)(const lt_group &g, const float *x, bool weighted, float *score);
+  // Tiles [begin, end), at most kPassTiles, of one linear layer: y f32 points to the first tile's first row.
+  // s.offset must hold this matrix' offsets; acc is scratch, i32 [kPassTiles * 256].
+  void (*tiles)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end, bool accumulate,
+                int32_t *acc, float *y);
+  void (*rmsnorm)(const float *x, const float *gain, int64_t n, float eps, float *y);
+  void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
+  void (*add)(const float *x, int64_t n, float *y);
+  void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);
+  // queries [group, head_dim] against one KV head's cache of n positions; scratch f32 [group, n rounded up to 16].
+  void (*attention)(const float *queries, int64_t group, int64_t head_dim, const uint16_t *keys,
+                    const uint16_t *values, int64_t n, float *scratch, float *out);
+  void (*store_kv)(const float *k, const float *v, int64_t head_dim, int64_t position, uint16_t *keys,
+                   uint16_t *values);
+  // One embedding row.
+  void (*embed)(const lt_group &g, const lt_linear &l, int64_t row, float *y);
+  // Prefill: the codes of one tile's rows [begin, begin + 64) for channels [from, to), as f32 [to - from, 64].
+  void (*unpack)(const lt_group &g, const lt_linear &l, int64_t tile, int64_t begin, int64_t from, int64_t to,
+                 float *panel);
+  // Prefill: y [m, 64] += a [m, k] (row stride lda) times panel [k, 64].
+  void (*gemm)(const float *a, int64_t lda, int64_t m, int64_t k, const float *panel, float *y);
+  // Prefill: row scale, bias, outliers and exact channels for one token's tile part; centred input a.
+  void (*finish)(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y);
+  float (*sum)(const void *p, int64_t bytes);  // reads every line once
+};
+
+const Kernels *portable_kernels();
+const Kernels *avx2_kernels();    // null where the machine cannot run them
+const Kernels *avx512_kernels();
+
+// Tiles of a matrix of `out` rows: 256 wide, then 64 wide (docs/architecture.md).
+struct Tiling {
+  int64_t out, pad, wide, count;
+  explicit Tiling(int64_t rows) : out(rows), pad((rows + 63) / 64 * 64), wide(pad / 256), count(wide + pad % 256 / 64) {}
+  int64_t first(int64_t t) const { return t < wide ? t * 256 : wide * 256 + (t - wide) * 64; }
+  int64_t width(int64_t t) const { return t < wide ? 256 : 64; }
+  int64_t rows(int64_t t) const { return out - first(t) < width(t) ? out - first(t) : width(t); }
+  int64_t run_bytes() const { return pad / 4; }            // one channel of one slice
+  int64_t byte_offset(int64_t t) const { return first(t) / 4; }  // of a tile within a run
+};
+
+// KV cache of one head: keys in blocks of 16 positions, [block][head_dim][16]; values [position][head_dim padded to 16].
+inline int64_t padded_head(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+
+}  // namespace lowtide

@@ -1,0 +1,115 @@
+// AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later).
+#define LT_NS lowtide_avx512
+#define LT_NAME "avx512"
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace LT_NS {
+
+// Bytes of four runs become quads: byte k of run 0, 1, 2, 3 side by side, so that one vpdpbusd adds four entries.
+// The digits of a byte are not shifted down: the mask leaves digit p as d * 4^p, and the sums are shifted at the end.
+// sum[p][z], 128-bit lane i, holds bytes 16 i + 4 z of the tile; in_order() puts that right.
+
+static inline __m512i digit_mask(int p) { return _mm512_set1_epi8((char)(3 << (2 * p))); }
+
+static inline __m512i four_coefficients(const int8_t *coef) {
+  int32_t four;
+  __builtin_memcpy(&four, coef, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int kEntries>
+static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t ahead,
+                             __m512i *acc) {
+  __m512i sum[4][4];
+  for (int p = 0; p < 4; ++p)
+    for (int z = 0; z < 4; ++z) sum[p][z] = _mm512_load_si512(acc + p * 4 + z);
+  for (int e = 0; e < kEntries; e += 4) {
+    __m512i line[4];
+    for (int i = 0; i < 4; ++i) {
+      line[i] = _mm512_loadu_si512(base + offset[e + i]);
+      _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
+    }
+    const __m512i ab_lo = _mm512_unpacklo_epi8(line[0], line[1]), ab_hi = _mm512_unpackhi_epi8(line[0], line[1]);
+    const __m512i cd_lo = _mm512_unpacklo_epi8(line[2], line[3]), cd_hi = _mm512_unpackhi_epi8(line[2], line[3]);
+    const __m512i quad[4] = {_mm512_unpacklo_epi16(ab_lo, cd_lo), _mm512_unpackhi_epi16(ab_lo, cd_lo),
+                             _mm512_unpacklo_epi16(ab_hi, cd_hi), _mm512_unpackhi_epi16(ab_hi, cd_hi)};
+    const __m512i c = four_coefficients(coef + e);
+    for (int p = 0; p < 4; ++p)
+      for (int z = 0; z < 4; ++z)
+        sum[p][z] = _mm512_dpbusd_epi32(sum[p][z], _mm512_and_si512(quad[z], digit_mask(p)), c);
+  }
+  for (int p = 0; p < 4; ++p)
+    for (int z = 0; z < 4; ++z) _mm512_store_si512(acc + p * 4 + z, sum[p][z]);
+}
+
+template <int kEntries>
+static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t ahead,
+                               __m512i quads, __m512i *acc) {
+  __m512i sum[4] = {_mm512_load_si512(acc), _mm512_load_si512(acc + 1), _mm512_load_si512(acc + 2),
+                    _mm512_load_si512(acc + 3)};
+  for (int e = 0; e < kEntries; e += 4) {
+    const auto part = [&](int i) { return _mm_loadu_si128((const __m128i *)(base + offset[e + i])); };
+    __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(1), 1);
+    v = _mm512_inserti32x4(_mm512_inserti32x4(v, part(2), 2), part(3), 3);
+    for (int i = 0; i < 4; ++i) _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
+    v = _mm512_permutexvar_epi8(quads, v);
+    const __m512i c = four_coefficients(coef + e);
+    for (int p = 0; p < 4; ++p) sum[p] = _mm512_dpbusd_epi32(sum[p], _mm512_and_si512(v, digit_mask(p)), c);
+  }
+  for (int p = 0; p < 4; ++p) _mm512_store_si512(acc + p, sum[p]);
+}
+
+template <int kEntries>
+static inline void block(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t ahead, int64_t wide,
+                         int64_t narrow, __m512i quads, __m512i *acc) {
+  for (int64_t t = 0; t < wide; ++t) wide_tile<kEntries>(base + t * 64, offset, coef, ahead, acc + t * 16);
+  for (int64_t t = 0; t < narrow; ++t)
+    narrow_tile<kEntries>(base + wide * 64 + t * 16, offset, coef, ahead, quads, acc + wide * 16 + t * 4);
+}
+
+static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t n, int64_t ahead,
+                   int64_t wide, int64_t narrow, int32_t *acc) {
+  alignas(64) uint8_t order[64];
+  for (int i = 0; i < 64; ++i) order[i] = (uint8_t)(i % 4 * 16 + i / 4);
+  const __m512i quads = _mm512_load_si512(order);
+  __m512i *sums = (__m512i *)acc;
+  for (int64_t i = 0; i < wide * 16 + narrow * 4; ++i) sums[i] = _mm512_setzero_si512();
+  int64_t e = 0;
+  for (; e + lowtide::kBlock <= n; e += lowtide::kBlock)
+    block<lowtide::kBlock>(base, offset + e, coef + e, ahead, wide, narrow, quads, sums);
+  for (; e < n; e += 4) block<4>(base, offset + e, coef + e, ahead, wide, narrow, quads, sums);
+}
+
+static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
+  if (tile >= wide) {
+    const int32_t *sums = acc + wide * 256 + (tile - wide) * 64;
+    for (int p = 0; p < 4; ++p)
+      _mm512_store_si512(out + p * 16, _mm512_sra_epi32(_mm512_load_si512(sums + p * 16), _mm_cvtsi32_si128(2 * p)));
+    return;
+  }
+  const __m512i *sums = (const __m512i *)(acc + tile * 256);
+  for (int p = 0; p < 4; ++p) {  // a 4 x 4 transposition of 128-bit lanes
+    const __m512i *z = sums + p * 4;
+    const __m512i lo01 = _mm512_shuffle_i32x4(z[0], z[1], 0x44), hi01 = _mm512_shuffle_i32x4(z[0], z[1], 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(z[2], z[3], 0x44), hi23 = _mm512_shuffle_i32x4(z[2], z[3], 0xee);
+    const __m512i row[4] = {_mm512_shuffle_i32x4(lo01, lo23, 0x88), _mm512_shuffle_i32x4(lo01, lo23, 0xdd),
+                            _mm512_shuffle_i32x4(hi01, hi23, 0x88), _mm512_shuffle_i32x4(hi01, hi23, 0xdd)};
+    for (int i = 0; i < 4; ++i)
+      _mm512_store_si512(out + p * 64 + i * 16, _mm512_sra_epi32(row[i], _mm_cvtsi32_si128(2 * p)));
+  }
+}
+
+}  // namespace LT_NS
+
+#include "kernels_impl.h"
+
+namespace lowtide {
+const Kernels *avx512_kernels() {
+  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  return runs ? &lowtide_avx512::kTable : nullptr;
+}
+}  // namespace lowtide

@@ -1,0 +1,99 @@
+/* The C interface of liblowtide: plain structs of pointers, no Python, no torch.
+ *
+ * The caller owns every buffer it passes and keeps it alive while the engine lives; the engine
+ * never writes to them. Shapes and layouts are those of docs/architecture.md and must have been
+ * validated by the caller: this library trusts them.
+ */
+#ifndef LOWTIDE_H
+#define LOWTIDE_H
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LT_MAX_SLICES 4
+#define LT_ABI_VERSION 1
+
+/* One linear layer. f16 values are IEEE half precision bit patterns. */
+typedef struct {
+  int64_t out;                  /* rows */
+  const uint8_t *weight;        /* [slices, in * out_pad / 4] */
+  const uint16_t *row_scale;    /* f16 [out] */
+  const uint16_t *bias;         /* f16 [out] */
+  const uint16_t *exact;        /* f16 [exact_count, out] */
+  const uint32_t *outlier_ptr;  /* [tiles + 1] */
+  const uint8_t *outlier_row;   /* [outliers] */
+  const uint8_t *outlier_gap;   /* [outliers] */
+  const uint16_t *outlier_value; /* f16 [outliers] */
+} lt_linear;
+
+/* Linear layers that share one input. */
+typedef struct {
+  int64_t in;
+  int64_t slices;
+  int64_t linear_count;          /* 1 to 3 */
+  int64_t exact_count;
+  int64_t side_bits;             /* bits read whatever the mask is */
+  const uint16_t *mean;          /* f16 [in] */
+  const uint16_t *col_scale;     /* f16 [in] */
+  const uint16_t *importance;    /* f16 [in] */
+  const float *shrink;           /* [slices] */
+  const int32_t *exact_channels; /* [exact_count] */
+  lt_linear linear[3];
+} lt_group;
+
+/* A decoder of the Llama family. groups: layer 0 qkv, o, gate_up, down, layer 1 qkv, ..., head[, embed]. */
+typedef struct {
+  int64_t abi_version;
+  int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_context;
+  int64_t tied;
+  double rms_eps;
+  const double *inv_freq;        /* [head_dim / 2] */
+  const float *const *norms;     /* f32 [hidden] each: layer 0 input, layer 0 post-attention, layer 1 ..., final */
+  const lt_group *groups;
+} lt_model;
+
+/* Mask rules, see lowtide.rules. */
+enum { LT_DENSE = 0, LT_CHANNEL_NORM = 1, LT_CHANNEL_ABS = 2, LT_GATE = 3, LT_TOPK = 4, LT_STATISTICAL_TOPK = 5 };
+
+typedef struct {
+  int64_t rule;
+  const float *params;           /* [layers * 4 + 1, LT_MAX_SLICES]; the head's row comes last */
+  double log2_offset;            /* thresholds are multiplied by 2^offset */
+} lt_policy;
+
+typedef struct {
+  int64_t body_bits;             /* read for the decoder's linear layers, side data included */
+  int64_t head_bits;             /* read for the output head, side data included */
+  int64_t embed_bits;            /* read for the embedding row */
+  int64_t cache_bytes;           /* read from the KV cache */
+} lt_stats;
+
+typedef struct lt_engine lt_engine;
+
+/* Names of the instruction sets this machine can run, best first, separated by commas. */
+const char *lt_available_isas(void);
+
+/* isa: a name out of lt_available_isas, or NULL for the best. Returns NULL and fills error on failure. */
+lt_engine *lt_engine_new(const lt_model *model, int threads, const char *isa, char *error, int error_size);
+void lt_engine_free(lt_engine *engine);
+const char *lt_engine_isa(const lt_engine *engine);
+
+/* One token through all layers. logits: f32 [vocab] or NULL. */
+void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_policy *policy, float *logits,
+               lt_stats *stats);
+
+/* Many tokens at once, all slices read. logits: f32 [vocab] of the last token, or [n, vocab] if all_logits. */
+void lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits);
+
+/* One group on one input, for tests: x f32 [in], y: one f32 [out] buffer per linear layer. Returns bits read. */
+int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y);
+
+/* Bytes per second read from memory by the engine's threads: a probe to hold figures against. */
+double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

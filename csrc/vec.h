@@ -1,0 +1,146 @@
+// Sixteen-lane float vectors in the compiler's own vector extension.
+//
+// Every instruction set compiles this same source without fused multiply-add, so float results are
+// the same bits everywhere. Include only from a file that is compiled for one instruction set; all
+// names live in that file's own namespace LT_NS.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace LT_NS {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+
+static inline f32x16 load(const float *p) {
+  f32x16 v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+static inline void store(float *p, f32x16 v) { std::memcpy(p, &v, 64); }
+static inline f32x16 splat(float x) { return x - f32x16{}; }
+static inline i32x16 splat_int(int32_t x) { return x - i32x16{}; }
+
+static inline f32x16 absolute(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
+static inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+static inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7fff) << 13;
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals exactly.
+  uint32_t bits = magnitude;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  f *= 5.192296858534828e33f;
+  if ((h & 0x7c00) == 0x7c00) {
+    bits = magnitude | 0x7f800000;
+    std::memcpy(&f, &bits, 4);
+  }
+  std::memcpy(&bits, &f, 4);
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+// Round to nearest, ties to even; too large becomes infinite.
+static inline uint16_t float_to_half(float f) {
+#if defined(__F16C__)
+  return (uint16_t)_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;
+  if (bits < 0x38800000) {  // subnormal half: adding 0.5 lets the hardware round at 2^-24
+    float g;
+    std::memcpy(&g, &bits, 4);
+    g += 0.5f;
+    std::memcpy(&bits, &g, 4);
+    return sign | (uint16_t)(bits - 0x3f000000);
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | (uint16_t)((bits - 0x38000000) >> 13);
+#endif
+}
+
+static inline f32x16 load_half(const uint16_t *p) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+  const __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+  const __m256 hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
+  f32x16 v;
+  std::memcpy(&v, &lo, 32);
+  std::memcpy((char *)&v + 32, &hi, 32);
+  return v;
+#else
+  float f[16];
+  for (int i = 0; i < 16; ++i) f[i] = half_to_float(p[i]);
+  return load(f);
+#endif
+}
+
+// Lanes beyond n are zero; nothing beyond n is read.
+static inline f32x16 load_part(const float *p, int64_t n) {
+  if (n >= 16) return load(p);
+  f32x16 v{};
+  std::memcpy(&v, p, (size_t)n * 4);
+  return v;
+}
+static inline f32x16 load_half_part(const uint16_t *p, int64_t n) {
+  if (n >= 16) return load_half(p);
+  uint16_t t[16] = {};
+  std::memcpy(t, p, (size_t)n * 2);
+  return load_half(t);
+}
+static inline void store_part(float *p, f32x16 v, int64_t n) {
+  if (n >= 16)
+    store(p, v);
+  else
+    std::memcpy(p, &v, (size_t)n * 4);
+}
+
+// Fixed order of additions, whatever the instruction set.
+static inline float sum_lanes(f32x16 v) {
+  float f[16];
+  store(f, v);
+  for (int w = 8; w; w >>= 1)
+    for (int i = 0; i < w; ++i) f[i] += f[i + w];
+  return f[0];
+}
+static inline float max_lanes(f32x16 v) {
+  float f[16];
+  store(f, v);
+  float m = f[0];
+  for (int i = 1; i < 16; ++i) m = f[i] > m ? f[i] : m;
+  return m;
+}
+
+// e^x, relative error below 3e-7 on [-87, 88]: range reduction to |r| <= ln2/2 and a Taylor polynomial of degree 7.
+static inline f32x16 exponential(f32x16 x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 k = (x * 1.44269504088896341f + magic) - magic;
+  const f32x16 r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
+  f32x16 p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const i32x16 e = ((i32x16)(k + magic) - 0x4b400000 + 127) << 23;
+  return p * (f32x16)e;
+}
+
+}  // namespace LT_NS
