@@ -18,6 +18,11 @@ struct AlignedInts {
   int32_t *data() { return values; }
 };
 
+struct AlignedPanel {
+  alignas(64) float values[kDepth * 64];
+  float *data() { return values; }
+};
+
 // What one thread needs for itself.
 struct Worker {
   Selection selection;
@@ -25,7 +30,7 @@ struct Worker {
   std::vector<float> hidden;     // [intermediate] activated FFN neurons
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
   std::vector<float> scratch;    // attention scores
-  std::vector<float> panel;      // prefill: unpacked weights
+  AlignedPanel panel;            // prefill: unpacked weights
   std::vector<float> block;      // prefill: one tile part of the output
 };
 
@@ -51,6 +56,7 @@ class Engine {
   void prefill_chunk(int tid, const int32_t *tokens, int64_t n, int64_t position);
   void dense(int tid, int64_t group, const float *x, int64_t n, float *const *y, bool accumulate);
   void centre(int tid, const lt_group &g, const float *x, int64_t n);
+  void dense_tile(Worker &w, const lt_group &g, const lt_linear &l, int64_t tile, int64_t n);
   void head(int tid, int64_t first, int64_t n, float *logits);
 
   void set_angles(int64_t position, float *cosine, float *sine) const;
@@ -73,7 +79,9 @@ class Engine {
   std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
   std::vector<int64_t> bits_;                       // per group, of the token in progress
   // Prefill buffers, [chunk, ...]
-  std::vector<float> px_, pnormed_, pcentred_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
+  std::vector<float> px_, pnormed_, pcentred_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
+  std::vector<int8_t> pquantised_;
+  std::vector<int32_t> psum_;
 };
 
 // A run of the group's tiles, counted through all its linear layers, for each thread; near equal in rows.
@@ -82,7 +90,7 @@ struct Share {
 };
 Share share_of(const lt_group &g, int tid, int threads);
 
-constexpr int64_t kChunk = 96;      // prefill: tokens per pass over the weights
-constexpr int64_t kDepth = 512;     // prefill: channels unpacked at a time
+constexpr int64_t kChunk = 96;  // prefill: tokens per pass over the weights
+inline int64_t blocks_of(int64_t in) { return (in + kDepth - 1) / kDepth; }
 
 }  // namespace lowtide

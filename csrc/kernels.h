@@ -12,6 +12,8 @@ constexpr int64_t kBlock = 16;
 // It asks memory for the block this many bytes ahead, at most kAhead blocks.
 constexpr int64_t kAheadBytes = 6144;
 constexpr int64_t kAhead = 8;
+// Prefill quantises inputs in blocks of this many channels; a block's sums of products stay exact in a float.
+constexpr int64_t kDepth = 128;
 // Tiles that one pass sums up: their accumulators stay in the first-level cache.
 constexpr int64_t kPassTiles = 24;
 
@@ -60,11 +62,16 @@ struct Kernels {
                    uint16_t *values);
   // One embedding row.
   void (*embed)(const lt_group &g, const lt_linear &l, int64_t row, float *y);
-  // Prefill: the codes of one tile's rows [begin, begin + 64) for channels [from, to), as f32 [to - from, 64].
-  void (*unpack)(const lt_group &g, const lt_linear &l, int64_t tile, int64_t begin, int64_t from, int64_t to,
-                 float *panel);
-  // Prefill: y [m, 64] += a [m, k] (row stride lda) times panel [k, 64].
-  void (*gemm)(const float *a, int64_t lda, int64_t m, int64_t k, const float *panel, float *y);
+  // Prefill: one token's centred input a [in] becomes int8 values q [in rounded up to kDepth], zero beyond in, with a
+  // scale and a sum of the q for each kDepth channels. value_j = a_j * c_j * gamma_S; exact channels count as 0.
+  void (*quantise)(const lt_group &g, const float *x, float *a, int8_t *q, float *scale, int32_t *sum);
+  // Prefill: the codes of rows [row, row + 64) of one tile for channels [from, from + kDepth), in the order that
+  // multiply() of the same instruction set wants; panel holds kDepth * 64 floats.
+  void (*unpack)(const lt_group &g, const lt_linear &l, int64_t tile, int64_t row, int64_t from, void *panel);
+  // Prefill: y[t][64] += scale[t] * (2 * sum_j q[t][j] code[j][row] - middle * sum[t]) for tokens t < m, where scale and
+  // sum have the stride `blocks` and q the stride blocks * kDepth.
+  void (*multiply)(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m, int32_t middle,
+                   const void *panel, float *y);
   // Prefill: row scale, bias, outliers and exact channels for one token's tile part; centred input a.
   void (*finish)(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y);
   float (*sum)(const void *p, int64_t bytes);  // reads every line once

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later).
 #define LT_NS lowtide_avx512
 #define LT_NAME "avx512"
+#define LT_OWN_GEMM
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -104,6 +105,81 @@ static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *ou
 }  // namespace LT_NS
 
 #include "kernels_impl.h"
+
+namespace LT_NS {
+
+// ---- prefill: int8 products. The panel holds, for each four channels, 64 rows as quads: 4 vectors, rows in the order
+// 16 i + 4 z for 128-bit lane i of vector z (as in the digit product).
+
+static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t row, int64_t from, void *panel) {
+  const Tiling t(l.out);
+  const int64_t bytes = t.width(index) / 4, run = t.run_bytes(), plane = run * g.in;
+  const uint8_t *base = l.weight + t.byte_offset(index);
+  const __m512i three = _mm512_set1_epi8(3);
+  __m512i *to = (__m512i *)panel;
+  for (int64_t j = from; j < from + lowtide::kDepth; j += 4, to += 4) {
+    __m512i line[4];
+    for (int i = 0; i < 4; ++i) {
+      line[i] = _mm512_setzero_si512();
+      if (j + i >= g.in) continue;
+      const uint8_t *channel = base + (j + i) * run;
+      if (bytes == 64) {
+        const __m128i shift = _mm_cvtsi32_si128((int)(row / 64) * 2);
+        for (int64_t s = 0; s < g.slices; ++s) {
+          const __m512i byte = _mm512_srl_epi16(_mm512_loadu_si512(channel + s * plane), shift);
+          line[i] = _mm512_or_si512(_mm512_slli_epi16(line[i], 2), _mm512_and_si512(byte, three));
+        }
+      } else {
+        u8x16 part[4];
+        for (int p = 0; p < 4; ++p) part[p] = codes(channel, plane, g.slices, 2 * p);
+        std::memcpy(&line[i], part, 64);
+      }
+    }
+    const __m512i ab_lo = _mm512_unpacklo_epi8(line[0], line[1]), ab_hi = _mm512_unpackhi_epi8(line[0], line[1]);
+    const __m512i cd_lo = _mm512_unpacklo_epi8(line[2], line[3]), cd_hi = _mm512_unpackhi_epi8(line[2], line[3]);
+    to[0] = _mm512_unpacklo_epi16(ab_lo, cd_lo);
+    to[1] = _mm512_unpackhi_epi16(ab_lo, cd_lo);
+    to[2] = _mm512_unpacklo_epi16(ab_hi, cd_hi);
+    to[3] = _mm512_unpackhi_epi16(ab_hi, cd_hi);
+  }
+}
+
+template <int kRows>
+static inline void multiply_rows(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks,
+                                 int32_t middle, const __m512i *panel, float *y) {
+  __m512i acc[kRows][4];
+  for (auto &row : acc)
+    for (auto &v : row) v = _mm512_setzero_si512();
+  for (int64_t j = 0; j < lowtide::kDepth; j += 4, panel += 4)
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i x = four_coefficients(q + i * blocks * lowtide::kDepth + j);
+      for (int v = 0; v < 4; ++v) acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], panel[v], x);
+    }
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i *z = acc[i];
+    const __m512i lo01 = _mm512_shuffle_i32x4(z[0], z[1], 0x44), hi01 = _mm512_shuffle_i32x4(z[0], z[1], 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(z[2], z[3], 0x44), hi23 = _mm512_shuffle_i32x4(z[2], z[3], 0xee);
+    const __m512i row[4] = {_mm512_shuffle_i32x4(lo01, lo23, 0x88), _mm512_shuffle_i32x4(lo01, lo23, 0xdd),
+                            _mm512_shuffle_i32x4(hi01, hi23, 0x88), _mm512_shuffle_i32x4(hi01, hi23, 0xdd)};
+    const f32x16 shift = splat((float)middle * (float)sum[i * blocks]);
+    for (int v = 0; v < 4; ++v) {
+      float *to = y + i * 64 + v * 16;
+      store(to, load(to) + (2.0f * __builtin_convertvector((i32x16)row[v], f32x16) - shift) * scale[i * blocks]);
+    }
+  }
+}
+
+static void multiply(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m,
+                     int32_t middle, const void *panel, float *y) {
+  const __m512i *p = (const __m512i *)panel;
+  int64_t i = 0;
+  for (; i + 6 <= m; i += 6)
+    multiply_rows<6>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
+  for (; i < m; ++i)
+    multiply_rows<1>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
+}
+
+}  // namespace LT_NS
 
 namespace lowtide {
 const Kernels *avx512_kernels() {

@@ -353,77 +353,107 @@ static void embed(const lt_group &g, const lt_linear &l, int64_t row, float *y) 
 
 // ---- prefill -----------------------------------------------------------------------------------------------
 
-static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t begin, int64_t from, int64_t to,
-                   float *panel) {
+static void quantise(const lt_group &g, const float *x, float *a, int8_t *q, float *scale, int32_t *sum) {
+  const f32x16 shrink = splat(g.shrink[g.slices - 1]), magic = splat(12582912.0f);
+  for (int64_t j = 0; j < g.in; j += 16)
+    store_part(a + j, load_part(x + j, g.in - j) - load_half_part(g.mean + j, g.in - j), g.in - j);
+  for (int64_t from = 0; from < g.in; from += lowtide::kDepth, ++scale, ++sum, q += lowtide::kDepth) {
+    alignas(64) float value[lowtide::kDepth];
+    for (int64_t i = 0; i < lowtide::kDepth; i += 16) {
+      const int64_t j = from + i, n = g.in - j;
+      store(value + i, n > 0 ? load_part(a + j, n) * load_half_part(g.col_scale + j, n) * shrink : f32x16{});
+    }
+    for (int64_t e = 0; e < g.exact_count; ++e) {
+      const int64_t i = g.exact_channels[e] - from;
+      if (i >= 0 && i < lowtide::kDepth) value[i] = 0;
+    }
+    const float m = largest(value, lowtide::kDepth), inv = m > 0 ? 127.0f / m : 0.0f;
+    int32_t rounded[lowtide::kDepth], total = 0;
+    for (int64_t i = 0; i < lowtide::kDepth; i += 16) {
+      const i32x16 v = (i32x16)(load(value + i) * inv + magic) - 0x4b400000;
+      std::memcpy(rounded + i, &v, 64);
+    }
+    for (int64_t i = 0; i < lowtide::kDepth; ++i) q[i] = (int8_t)rounded[i], total += rounded[i];
+    *scale = m / 127.0f * 0.5f;
+    *sum = total;
+  }
+}
+
+// 16 codes, one for each row: all slices of one channel put together.
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+static inline u8x16 codes(const uint8_t *channel, int64_t plane, int64_t slices, int shift) {
+  u8x16 code{};
+  for (int64_t s = 0; s < slices; ++s) {
+    u8x16 byte;
+    std::memcpy(&byte, channel + s * plane, 16);
+    code = (code << 2) | ((byte >> shift) & 3);
+  }
+  return code;
+}
+
+#if !defined(LT_OWN_GEMM)
+// Products of small integers summed in f32 are exact: any order gives the same bits.
+#if defined(__FMA__)
+typedef float lanes __attribute__((vector_size(32)));
+static inline lanes mul_add(lanes a, lanes b, lanes c) { return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+typedef float lanes __attribute__((vector_size(16)));
+static inline lanes mul_add(lanes a, lanes b, lanes c) { return a * b + c; }
+#endif
+constexpr int kLanes = sizeof(lanes) / 4;
+
+static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t row, int64_t from, void *panel) {
   const Tiling t(l.out);
   const int64_t bytes = t.width(index) / 4, run = t.run_bytes(), plane = run * g.in;
-  const uint8_t *base = l.weight + t.byte_offset(index);
-  const float middle = (float)(((int64_t)1 << (2 * g.slices)) - 1) * 0.5f;
-  for (int64_t j = from; j < to; ++j, panel += 64) {
+  float *to = (float *)panel;
+  for (int64_t j = from; j < from + lowtide::kDepth; ++j, to += 64)
     for (int64_t i = 0; i < 64; i += 16) {
-      const int64_t row = begin + i, b = row % bytes;
-      const int shift = (int)(row / bytes) * 2;
-      i32x16 code{};
-      for (int64_t s = 0; s < g.slices; ++s) {
-        const uint8_t *p = base + s * plane + j * run + b;
-#if defined(__AVX512F__)
-        const i32x16 byte = (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-#else
-        i32x16 byte;
-        for (int k = 0; k < 16; ++k) byte[k] = p[k];
-#endif
-        code = code * 4 + ((byte >> shift) & 3);
+      u8x16 code{};
+      if (j < g.in)
+        code = codes(l.weight + t.byte_offset(index) + j * run + (row + i) % bytes, plane, g.slices,
+                     (int)((row + i) / bytes) * 2);
+      store(to + i, __builtin_convertvector(code, f32x16));
+    }
+}
+
+template <int kRows>
+static inline void multiply_rows(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks,
+                                 int32_t middle, const float *panel, float *y) {
+  constexpr int kVectors = 2;
+  for (int column = 0; column < 64; column += kVectors * kLanes) {
+    lanes acc[kRows][kVectors] = {};
+    for (int64_t j = 0; j < lowtide::kDepth; ++j) {
+      lanes b[kVectors];
+      std::memcpy(b, panel + j * 64 + column, sizeof b);
+      for (int i = 0; i < kRows; ++i) {
+        const lanes x = (float)q[i * blocks * lowtide::kDepth + j] - lanes{};
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = mul_add(x, b[v], acc[i][v]);
       }
-      store(panel + i, __builtin_convertvector(code, f32x16) - middle);
     }
-  }
-}
-
-static inline f32x16 mul_add(f32x16 a, f32x16 b, f32x16 c) {
-#if defined(__AVX512F__)
-  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  __m256 part[2][3];
-  std::memcpy(part[0], &a, 32), std::memcpy(part[1], (char *)&a + 32, 32);
-  std::memcpy(part[0] + 1, &b, 32), std::memcpy(part[1] + 1, (char *)&b + 32, 32);
-  std::memcpy(part[0] + 2, &c, 32), std::memcpy(part[1] + 2, (char *)&c + 32, 32);
-  for (auto &p : part) p[2] = _mm256_fmadd_ps(p[0], p[1], p[2]);
-  std::memcpy(&c, part[0] + 2, 32), std::memcpy((char *)&c + 32, part[1] + 2, 32);
-  return c;
-#else
-  return a * b + c;
-#endif
-}
-
-template <int kRows, int kVectors>
-static inline void gemm_block(const float *a, int64_t lda, int64_t k, const float *panel, float *y) {
-  f32x16 acc[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = load(y + i * 64 + v * 16);
-  for (int64_t j = 0; j < k; ++j) {
-    f32x16 b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + j * 64 + v * 16);
     for (int i = 0; i < kRows; ++i) {
-      const f32x16 x = splat(a[i * lda + j]);
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = mul_add(x, b[v], acc[i][v]);
+      lanes old[kVectors];
+      std::memcpy(old, y + i * 64 + column, sizeof old);
+      const float shift = (float)middle * (float)sum[i * blocks];
+      for (int v = 0; v < kVectors; ++v) old[v] = old[v] + (2.0f * acc[i][v] - shift) * scale[i * blocks];
+      std::memcpy(y + i * 64 + column, old, sizeof old);
     }
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int v = 0; v < kVectors; ++v) store(y + i * 64 + v * 16, acc[i][v]);
 }
 
-static void gemm(const float *a, int64_t lda, int64_t m, int64_t k, const float *panel, float *y) {
-#if defined(__AVX512F__)
-  constexpr int kVectors = 4;
-#else
-  constexpr int kVectors = 1;  // sixteen registers hold six rows of one vector
-#endif
-  for (int v = 0; v < 4; v += kVectors) {
-    int64_t i = 0;
-    for (; i + 6 <= m; i += 6) gemm_block<6, kVectors>(a + i * lda, lda, k, panel + v * 16, y + i * 64 + v * 16);
-    for (; i < m; ++i) gemm_block<1, kVectors>(a + i * lda, lda, k, panel + v * 16, y + i * 64 + v * 16);
-  }
+static void multiply(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m,
+                     int32_t middle, const void *panel, float *y) {
+  const float *p = (const float *)panel;
+  int64_t i = 0;
+  for (; i + 6 <= m; i += 6)
+    multiply_rows<6>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
+  for (; i < m; ++i)
+    multiply_rows<1>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
 }
+#else
+static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t row, int64_t from, void *panel);
+static void multiply(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m,
+                     int32_t middle, const void *panel, float *y);
+#endif
 
 static float sum(const void *p, int64_t bytes) {
   const char *c = (const char *)p;
@@ -438,7 +468,7 @@ static float sum(const void *p, int64_t bytes) {
   return (float)all[0];
 }
 
-static const Kernels kTable = {LT_NAME,   select,   scores, tiles,  rmsnorm, swiglu,            add, rope,
-                               attention, store_kv, embed,  unpack, gemm,    scale_and_correct, sum};
+static const Kernels kTable = {LT_NAME,   select,   scores, tiles,  rmsnorm, swiglu,            add,      rope,
+                               attention, store_kv, embed,  quantise, unpack, multiply, scale_and_correct, sum};
 
 }  // namespace LT_NS

@@ -1,4 +1,4 @@
-// Many tokens at once: every weight is unpacked once per chunk of tokens and multiplied in f32.
+// Many tokens at once: every weight is unpacked once per chunk of tokens and multiplied with int8 inputs.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -7,49 +7,49 @@
 
 namespace lowtide {
 
-// pcentred_ = (x - mean) * c * gamma_S, with the exact channels' share left out; the plain x - mean stays in x's
-// place for outliers and exact channels, which finish() takes from the second half of the row.
+// Every token's input as int8 in blocks of kDepth channels, and the plain x - mean, which outliers and exact channels
+// are multiplied with.
 void Engine::centre(int tid, const lt_group &g, const float *x, int64_t n) {
-  const int64_t begin = n * tid / pool_.size(), end = n * (tid + 1) / pool_.size();
-  const float everything[LT_MAX_SLICES] = {-1, -1, -1, -1};
-  Selection &s = workers_[tid].selection;
-  for (int64_t i = begin; i < end; ++i) {
-    float *row = pcentred_.data() + i * 2 * g.in;
-    k_.select(g, x + i * g.in, nullptr, everything, s);
-    std::memcpy(row, s.level_value[g.slices].data(), (size_t)g.in * 4);
-    std::memcpy(row + g.in, s.a.data(), (size_t)g.in * 4);
-    for (int64_t e = 0; e < g.exact_count; ++e) row[g.exact_channels[e]] = 0;
-  }
+  const int64_t begin = n * tid / pool_.size(), end = n * (tid + 1) / pool_.size(), blocks = blocks_of(g.in);
+  for (int64_t i = begin; i < end; ++i)
+    k_.quantise(g, x + i * g.in, pcentred_.data() + i * g.in, pquantised_.data() + i * blocks * kDepth,
+                pscale_.data() + i * blocks, psum_.data() + i * blocks);
   pool_.barrier();
+}
+
+// One tile for all tokens: `rows` tokens' products in w.block, [part of 64 rows][token][64].
+void Engine::dense_tile(Worker &w, const lt_group &g, const lt_linear &l, int64_t tile, int64_t n) {
+  const int64_t width = Tiling(l.out).width(tile), blocks = blocks_of(g.in);
+  const int32_t middle = (int32_t)(((int64_t)1 << (2 * g.slices)) - 1);
+  std::fill(w.block.begin(), w.block.begin() + n * width, 0.0f);
+  for (int64_t part = 0; part < width; part += 64)
+    for (int64_t b = 0; b < blocks; ++b) {
+      k_.unpack(g, l, tile, part, b * kDepth, w.panel.data());
+      k_.multiply(pquantised_.data() + b * kDepth, pscale_.data() + b, psum_.data() + b, blocks, n, middle,
+                  w.panel.data(), w.block.data() + part * n);
+    }
 }
 
 void Engine::dense(int tid, int64_t group, const float *x, int64_t n, float *const *y, bool accumulate) {
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
   centre(tid, g, x, n);
+  // The code is a whole number; its unit in the last slice is 4^-(S-1).
   const float unit = std::ldexp(1.0f, -2 * (int)(g.slices - 1));
-  w.panel.resize((size_t)(kDepth * 64));
-  w.block.resize((size_t)(kChunk * 256));
   const Share share = share_of(g, tid, pool_.size());
-  int64_t unit_index = 0;
+  int64_t index = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) {
     const lt_linear &l = g.linear[i];
     const Tiling t(l.out);
-    for (int64_t k = 0; k < t.count; ++k, ++unit_index) {
-      if (unit_index < share.begin || unit_index >= share.end) continue;
+    for (int64_t k = 0; k < t.count; ++k, ++index) {
+      if (index < share.begin || index >= share.end) continue;
       const int64_t width = t.width(k);
-      std::fill(w.block.begin(), w.block.begin() + n * width, 0.0f);
-      for (int64_t part = 0; part < width; part += 64)
-        for (int64_t from = 0; from < g.in; from += kDepth) {
-          const int64_t to = std::min(g.in, from + kDepth);
-          k_.unpack(g, l, k, part, from, to, w.panel.data());
-          k_.gemm(pcentred_.data() + from, 2 * g.in, n, to - from, w.panel.data(), w.block.data() + part * n);
-        }
+      dense_tile(w, g, l, k, n);
       alignas(64) float row[256];
       for (int64_t r = 0; r < n; ++r) {
         for (int64_t part = 0; part < width; part += 64)
           for (int64_t c = 0; c < 64; ++c) row[part + c] = w.block[(size_t)(part * n + r * 64 + c)] * unit;
-        k_.finish(g, l, k, pcentred_.data() + r * 2 * g.in + g.in, row);
+        k_.finish(g, l, k, pcentred_.data() + r * g.in, row);
         float *to = y[i] + r * l.out + t.first(k);
         if (accumulate) {
           k_.add(row, t.rows(k), to);
@@ -125,7 +125,11 @@ void Engine::prefill(const int32_t *tokens, int64_t n, int64_t position, bool al
   for (const lt_group &g : groups_) max_in = std::max(max_in, g.in);
   px_.resize((size_t)(kChunk * m.hidden));
   pnormed_.resize((size_t)(kChunk * m.hidden));
-  pcentred_.resize((size_t)(kChunk * 2 * max_in));
+  pcentred_.resize((size_t)(kChunk * max_in));
+  pquantised_.resize((size_t)(kChunk * blocks_of(max_in) * kDepth));
+  pscale_.resize((size_t)(kChunk * blocks_of(max_in)));
+  psum_.resize((size_t)(kChunk * blocks_of(max_in)));
+  for (Worker &w : workers_) w.block.resize((size_t)(kChunk * 256));
   pqkv_.resize((size_t)(kChunk * (q_rows + 2 * kv_rows)));
   pattended_.resize((size_t)(kChunk * q_rows));
   pgate_up_.resize((size_t)(kChunk * 2 * m.intermediate));

@@ -1,0 +1,45 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Artifact: TypeAlias = Annotated[Path, typer.Argument(help="Folder made by `lowtide compress`.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+Bits: TypeAlias = Annotated[
+    str, typer.Option(help='Bits read per weight of the linear layers: a number, or "dense" for all.', metavar="B")
+]
+BitsList: TypeAlias = Annotated[
+    str, typer.Option(help='Budgets in bits per weight, separated by commas; "dense" reads all.', metavar="B,B,...")
+]
+Policy: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Mask rule that the artifact stores, e.g. channel-norm or topk:0,4. [default: its first]"),
+]
+Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", "-t", help="Worker threads. [default: all cores]")]
+Isa: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Instruction set: avx512, avx2 or portable. [default: LOWTIDE_ISA, or the best there is]"),
+]
+Context: TypeAlias = Annotated[
+    int | None, typer.Option(help="Tokens that the KV cache holds. [default: the model's maximum, at most 4096]")
+]
+Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
+TopK: TypeAlias = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")]
+TopP: TypeAlias = Annotated[float, typer.Option(help="Choose among the likeliest tokens that make up p.")]
+Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+MaxTokens: TypeAlias = Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens to generate at most.")]
+
+
+def parse_bits_list(text: str) -> list[float | None]:
+    """The budgets of `--bits A,B,...`; "dense" becomes None.
+
+    Raises:
+        LowtideError: one is not a budget.
+    """
+    from lowtide.runtime.budget import parse_bits
+
+    return [parse_bits(part) for part in text.split(",")]

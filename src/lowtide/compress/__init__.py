@@ -1,0 +1,8 @@
+"""From an uncompressed model to an artifact. Needs torch: `pip install 'lowtide[compress]'`."""
+
+from __future__ import annotations
+
+from lowtide.compress.pipeline import compress
+from lowtide.compress.sources import Source, open_source
+
+__all__ = ["Source", "compress", "open_source"]

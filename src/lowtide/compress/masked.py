@@ -1,0 +1,149 @@
+"""A compressed model evaluated in torch over whole windows: every token masked by its own levels, as decoding does.
+
+The arithmetic is that of docs/architecture.md, coefficients of 8 bits per class included, as one matrix product per
+slice; only the order of floating-point sums differs. It serves to tune compression and to check the engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lowtide.arch import ModelConfig
+from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
+from lowtide.format import codec
+from lowtide.format.groups import GroupTensors
+from lowtide.rules import GroupStats, Rule
+
+
+@dataclass
+class _Group:
+    """One group unpacked for torch: digit planes f32 [S, out, in] holding d - 1.5, scales, exact parts."""
+
+    planes: torch.Tensor
+    row_scale: torch.Tensor
+    col_scale: torch.Tensor
+    shrink: torch.Tensor
+    bias: torch.Tensor
+    outliers: torch.Tensor
+    exact_channels: torch.Tensor
+    exact: torch.Tensor
+    stats: GroupStats
+    out: int
+    side_bits: int
+
+
+def _unpack(group: GroupTensors) -> _Group:
+    planes, outliers = [], []
+    for linear in group.linears:
+        digits = codec.digit_planes(linear.weight, linear.out_features, group.in_features)
+        planes.append(torch.from_numpy(digits.astype(np.float32) - np.float32(1.5)))
+        extra = np.zeros((linear.out_features, group.in_features), np.float32)
+        rows, cols, values = linear.outliers()
+        extra[rows, cols] = values
+        outliers.append(torch.from_numpy(extra))
+    known = GroupStats.of(group)
+    exact = None if known.exact is None else torch.from_numpy(known.exact)
+    stats = GroupStats(torch.from_numpy(known.mean), torch.from_numpy(known.importance), known.slices, exact)
+    return _Group(
+        planes=torch.cat(planes, 1),
+        row_scale=_f32([linear.row_scale for linear in group.linears], 0),
+        col_scale=_f32([group.col_scale], 0),
+        shrink=torch.from_numpy(np.array(group.shrink)),
+        bias=_f32([linear.bias for linear in group.linears], 0),
+        outliers=torch.cat(outliers),
+        exact_channels=torch.from_numpy(group.exact_channels.astype(np.int64)),
+        exact=_f32([linear.exact for linear in group.linears], 1),
+        stats=stats,
+        out=sum(linear.out_features for linear in group.linears),
+        side_bits=8 * group.side_bytes(),
+    )
+
+
+def _f32(parts: list[np.ndarray], axis: int) -> torch.Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(np.concatenate([p.astype(np.float32) for p in parts], axis))
+
+
+class MaskedModel:
+    """A compressed model. `groups` as in the artifact, `norms` by Hugging Face tensor name, f32.
+
+    quantise_coefficients=False leaves the coefficients in float32, to see what their 8 bits cost.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: Mapping[str, GroupTensors],
+        norms: Mapping[str, np.ndarray],  # type: ignore[type-arg]
+        quantise_coefficients: bool = True,
+    ) -> None:
+        self.config = config
+        self.groups = {name: _unpack(group) for name, group in groups.items()}
+        self.norms = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in norms.items()}
+        self.quantise_coefficients = quantise_coefficients
+        table = self.groups["head" if config.tied else "embed"]
+        scale = torch.tensor([4.0**-s for s in range(len(table.planes))])
+        self.embedding = torch.einsum("s,soi->oi", scale, table.planes) * table.row_scale[:, None] * table.col_scale
+        self.embedding[table.outliers != 0] = table.outliers[table.outliers != 0]
+        self.embedding[:, table.exact_channels] = table.exact.T
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, rule: Rule, params: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, float]:  # type: ignore[type-arg]
+        """ids [B, N] -> (logits f32 [B, N, V], bits_read_body). `params[group]`: the rule's f32 [S]."""
+        rope = rope_tables(self.config, 0, ids.shape[1])
+        x = F.embedding(ids, self.embedding)
+        read = 0.0
+        gate: list[torch.Tensor] = []
+
+        for index in range(self.config.num_layers):
+
+            def apply(name: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
+                nonlocal read
+                full = f"layers.{index}.{name}"
+                group = self.groups[full]
+                activated = gate.pop() if name == "down" else None
+                y, levels = self._product(group, x, rule, params[full], activated)
+                read += 2.0 * float(levels.sum()) * group.out + group.side_bits * ids.numel()
+                if name == "gate_up":
+                    gate.append(F.silu(y.chunk(2, -1)[0]))
+                return y
+
+            prefix = f"model.layers.{index}."
+            norms = (self.norms[prefix + "input_layernorm.weight"], self.norms[prefix + "post_attention_layernorm.weight"])
+            x = decoder_block(self.config, norms, x, apply, rope)
+        x = rms_norm(x, self.norms["model.norm.weight"], self.config.rms_eps)
+        logits, _ = self._product(self.groups["head"], x, rule, params["head"], None)
+        weights = sum(g.out * g.planes.shape[2] for n, g in self.groups.items() if n not in ("head", "embed"))
+        return logits, read / weights / ids.numel()
+
+    def _product(
+        self, group: _Group, x: torch.Tensor, rule: Rule, params: np.ndarray, gate: torch.Tensor | None  # type: ignore[type-arg]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = rule.levels(group.stats, x, torch.from_numpy(np.array(params)), gate)
+        a = x - group.stats.mean
+        gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
+        base = a * group.col_scale * gamma
+        y = group.bias + F.linear(a, group.outliers)
+        total = torch.zeros_like(y)
+        for s, values in enumerate(self._coefficients(base, levels, len(group.planes))):
+            total += F.linear(values, group.planes[s])
+        y += total * group.row_scale
+        if len(group.exact_channels):
+            y += x[..., group.exact_channels] @ group.exact
+        return y, levels
+
+    def _coefficients(self, base: torch.Tensor, levels: torch.Tensor, slices: int) -> list[torch.Tensor]:
+        """Coefficient of every channel for each slice, 0 where it is not read, rounded to 8 bits per class."""
+        values = [torch.where(levels > s, base * 4.0**-s, 0.0) for s in range(slices)]
+        if not self.quantise_coefficients:
+            return values
+        for k in range(slices):
+            members = [levels == s + k + 1 for s in range(slices)]
+            peak = torch.stack([torch.where(m, v, 0.0).abs().amax(-1) for m, v in zip(members, values, strict=True)])
+            unit = (peak.amax(0) / 127).clamp_min(1e-30)[..., None]
+            values = [torch.where(m, (v / unit).round() * unit, v) for m, v in zip(members, values, strict=True)]
+        return values

@@ -1,0 +1,162 @@
+"""The tensors of a group of graded linear layers, in memory: what compress makes, the file holds and engines read.
+
+Legend: `in` input channels of the group, `out` rows of a layer, S slices, E exact channels, P policies, B budgets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowtide.format import codec
+
+F16 = NDArray[np.float16]
+F32 = NDArray[np.float32]
+
+#: Field -> stored dtype, in stored order. Names in the file: `lowtide.<group>.<field>` and `<linear>.<field>`.
+GROUP_FIELDS: dict[str, str] = {
+    "mean": "F16",
+    "col_scale": "F16",
+    "importance": "F16",
+    "shrink": "F32",
+    "exact_channels": "I32",
+    "thresholds": "F32",
+}
+LINEAR_FIELDS: dict[str, str] = {
+    "weight": "U8",
+    "row_scale": "F16",
+    "bias": "F16",
+    "exact": "F16",
+    "outlier_ptr": "U32",
+    "outlier_row": "U8",
+    "outlier_gap": "U8",
+    "outlier_value": "F16",
+}
+
+
+@dataclass
+class LinearTensors:
+    """One linear layer.
+
+    Attributes:
+        name: Hugging Face module name, e.g. `model.layers.3.self_attn.q_proj`.
+        weight: uint8 [S, in * out_pad / 4], 2-bit digits (see codec).
+        row_scale: float16 [out], above zero.
+        bias: float16 [out], the layer's own bias plus W @ mean.
+        exact: float16 [E, out], exact columns in the order of `exact_channels`.
+        outlier_ptr: uint32 [tiles + 1], first entry of each tile.
+        outlier_row, outlier_gap: uint8 [n], row within the tile and step from the previous entry's column.
+        outlier_value: float16 [n], exact weight; 0 marks a filler.
+        out_features: rows.
+    """
+
+    name: str
+    weight: NDArray[np.uint8]
+    row_scale: F16
+    bias: F16
+    exact: F16
+    outlier_ptr: NDArray[np.uint32]
+    outlier_row: NDArray[np.uint8]
+    outlier_gap: NDArray[np.uint8]
+    outlier_value: F16
+    out_features: int
+
+    def outliers(self) -> tuple[NDArray[np.int64], NDArray[np.int64], F16]:
+        """(rows, columns, values) of the outliers in stored order, fillers left out."""
+        return codec.unpack_outliers(
+            self.outlier_ptr, self.outlier_row, self.outlier_gap, self.outlier_value, self.out_features
+        )
+
+    def side_bytes(self) -> int:
+        """Bytes read for every token besides the digits."""
+        return sum(int(getattr(self, field).nbytes) for field in LINEAR_FIELDS if field != "weight")
+
+
+@dataclass
+class GroupTensors:
+    """The linear layers that share one input, and what they share.
+
+    Attributes:
+        name: `layers.N.<group>`, `head` or `embed`.
+        in_features: input channels.
+        slices: S.
+        mean: float16 [in], 0 for exact channels.
+        col_scale: float16 [in], above zero.
+        importance: float16 [in], at least 0; 0 for exact channels.
+        shrink: float32 [S], gamma of level L at index L - 1.
+        exact_channels: int32 [E], strictly ascending.
+        thresholds: float32 [P, B, S], ascending along S; [0, 0, S] for `embed`, which stores none.
+        linears: the member layers in the order of `arch.GROUPS`.
+    """
+
+    name: str
+    in_features: int
+    slices: int
+    mean: F16
+    col_scale: F16
+    importance: F16
+    shrink: F32
+    exact_channels: NDArray[np.int32]
+    thresholds: F32
+    linears: list[LinearTensors]
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Every stored tensor under its name in the file."""
+        named: dict[str, NDArray[Any]] = {}
+        for field in GROUP_FIELDS:
+            if field != "thresholds" or self.name != "embed":
+                named[f"lowtide.{self.name}.{field}"] = getattr(self, field)
+        for linear in self.linears:
+            for field in LINEAR_FIELDS:
+                named[f"{linear.name}.{field}"] = getattr(linear, field)
+        return named
+
+    def weights(self) -> int:
+        """Number of weights in the member layers."""
+        return self.in_features * sum(linear.out_features for linear in self.linears)
+
+    def side_bytes(self) -> int:
+        """Bytes read for every token besides digits: all side tensors, and thresholds of one policy and one budget."""
+        own = sum(int(getattr(self, field).nbytes) for field in GROUP_FIELDS if field != "thresholds")
+        thresholds = 4 * self.slices if self.thresholds.size else 0
+        return own + thresholds + sum(linear.side_bytes() for linear in self.linears)
+
+    def dequantise(self, linear_index: int, level: int) -> F32:
+        """What the digits say when every channel is read at one level: w_L, float32 [out, in].
+
+        `r_i * c_j * gamma_L * sum_{s<L} (d_ijs - 1.5) * 4^-s`; level 0 is zero. Columns of exact channels are zero,
+        because those are always at level 0. Outliers and exact columns are not in it: add `exact_part`.
+        """
+        if not 0 <= level <= self.slices:
+            raise ValueError(f"level must be 0 to {self.slices}, not {level}")
+        linear = self.linears[linear_index]
+        shape = (linear.out_features, self.in_features)
+        if level == 0:
+            return np.zeros(shape, np.float32)
+        weight = _digit_sum(linear.weight[:level], *shape)
+        weight *= self.col_scale.astype(np.float32) * self.shrink[level - 1]
+        weight *= linear.row_scale.astype(np.float32)[:, None]
+        weight[:, self.exact_channels] = 0
+        return weight
+
+    def exact_part(self, linear_index: int) -> F32:
+        """Outliers and exact columns as a float32 [out, in] matrix; zero elsewhere. The product adds it to w_L."""
+        linear = self.linears[linear_index]
+        weight = np.zeros((linear.out_features, self.in_features), np.float32)
+        rows, cols, values = linear.outliers()
+        weight[rows, cols] = values
+        weight[:, self.exact_channels] = linear.exact.T
+        return weight
+
+
+def _digit_sum(packed: NDArray[np.uint8], out: int, inputs: int) -> F32:
+    """sum_s (d_s - 1.5) * 4^-s over the given slices, float32 [out, in]; exact in float32."""
+    slices = len(packed)
+    q = codec.unpack_digits(packed, out, inputs, slices).astype(np.float32)
+    # sum_s d_s 4^-s = q 4^-(S-1), and the offsets add up to 1.5 (4^S - 1) / (3 * 4^(S-1)).
+    q -= np.float32((4**slices - 1) / 2)
+    q *= np.float32(4.0 ** (1 - slices))
+    return q

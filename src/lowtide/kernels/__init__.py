@@ -1,0 +1,1 @@
+"""Engines that run an artifact: `native` (liblowtide, fast) and `reference` (numpy, the specification in code)."""

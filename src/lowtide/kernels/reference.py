@@ -1,0 +1,202 @@
+"""The reference engine: decodes with numpy exactly what the native engine must decode.
+
+It follows docs/architecture.md step by step and is meant for tests and for rules that are being tried out; it takes
+about a second per token on a model of 100M parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowtide.errors import LowtideError
+from lowtide.format.codec import digit_planes
+from lowtide.kernels import reference_ops as ops
+from lowtide.kernels.types import DecodeStats, PolicyParams
+from lowtide.rules import GroupStats, get_rule
+
+if TYPE_CHECKING:
+    from lowtide.format.groups import GroupTensors, LinearTensors
+    from lowtide.format.reader import Artifact
+
+F32 = NDArray[np.float32]
+_Product = Callable[[int, str, F32, F32 | None], list[F32]]
+
+PLANE_CACHE_BYTES = 4 << 30
+"""Digits are kept unpacked, one byte each, up to this size; a larger model is unpacked again for every call."""
+HEAD_CHUNK = 64
+"""Tokens that go through the output head at a time."""
+
+
+class ReferenceEngine:
+    """One sequence through an artifact, the numpy twin of `lowtide.kernels.native.Engine`.
+
+    Positions may be rewritten: decoding at `pos` makes the cache valid up to and with `pos`.
+    """
+
+    isa = "reference"
+    threads = 1
+
+    def __init__(self, artifact: Artifact, *, max_context: int | None = None) -> None:
+        """
+        Args:
+            artifact: an open artifact.
+            max_context: positions of the KV cache; the model's own maximum by default, which it may not exceed.
+
+        Raises:
+            LowtideError: max_context out of range.
+        """
+        c = artifact.config
+        self.config = c
+        self.max_context = c.max_position if max_context is None else max_context
+        if not 1 <= self.max_context <= c.max_position:
+            raise LowtideError(f"max_context {max_context}: must be 1 to {c.max_position}, the model's own maximum")
+        self.vocab_size = c.vocab_size
+        self._groups: dict[str, GroupTensors] = artifact.groups
+        self._stats = {name: GroupStats.of(group) for name, group in self._groups.items()}
+        self._norms = [
+            tuple(
+                _f32(artifact.tensor(f"model.layers.{n}.{name}_layernorm.weight"))
+                for name in ("input", "post_attention")
+            )
+            for n in range(c.num_layers)
+        ]
+        self._final_norm = _f32(artifact.tensor("model.norm.weight"))
+        self._keys: list[NDArray[np.float16]] = [np.empty((0, c.num_kv_heads, c.head_dim), np.float16)] * c.num_layers
+        self._values = list(self._keys)
+        total = sum(g.weights() * g.slices for g in self._groups.values())
+        self._planes: dict[str, NDArray[np.uint8]] | None = {} if total <= PLANE_CACHE_BYTES else None
+
+    def decode(self, token: int, pos: int, policy: PolicyParams, want_logits: bool = True) -> tuple[F32, DecodeStats]:
+        """One token at position pos under a policy.
+
+        Returns:
+            logits f32 [V] (empty unless wanted) and what was read.
+
+        Raises:
+            LowtideError: token or position out of range, or an unknown rule.
+        """
+        logits, stats = self.decode_many([token], pos, policy, want_logits)
+        return (logits[0] if want_logits else np.empty(0, np.float32)), stats[0]
+
+    def decode_many(
+        self, tokens: Sequence[int] | NDArray[np.int32], pos: int, policy: PolicyParams, want_logits: bool = True
+    ) -> tuple[F32, list[DecodeStats]]:
+        """Given tokens from position pos on, each masked by itself under one policy: logits f32 [n, V] and stats.
+
+        The same as n calls of `decode`, but faster, because the tokens are known beforehand.
+        """
+        ids = self._check(tokens, pos)
+        masked = _Masked(self, policy, len(ids))
+        x = self._body(ids, pos, masked)
+        logits = np.empty((len(ids), self.vocab_size if want_logits else 0), np.float32)
+        head_bits = np.full(len(ids), ops.embedding_bits(self.embedding_group))
+        for start in range(0, len(ids) if want_logits else 0, HEAD_CHUNK):
+            rows = slice(start, start + HEAD_CHUNK)
+            head = _Masked(self, policy, len(x[rows]))
+            logits[rows] = head(4 * self.config.num_layers, "head", x[rows], None)[0]
+            head_bits[rows] += head.bits
+        per_position = 4 * self.config.num_layers * self.config.kv_size  # keys and values, two bytes each
+        stats = []
+        for i, (body, head_) in enumerate(zip(masked.bits.tolist(), head_bits.tolist(), strict=True)):
+            stats.append(DecodeStats(body, head_, (body + head_ + 7) // 8 + per_position * (pos + i + 1)))
+        return logits, stats
+
+    def prefill(self, tokens: Sequence[int] | NDArray[np.int32], pos: int, all_logits: bool = False) -> F32:
+        """Given tokens from position pos on, all slices read: logits f32 [V] of the last, or [n, V] of all."""
+        ids = self._check(tokens, pos)
+        x = self._body(ids, pos, self._dense)
+        if not all_logits:
+            return self._dense(-1, "head", x[-1:], None)[0][0]
+        return self._dense(-1, "head", x, None)[0]
+
+    def close(self) -> None:
+        """Frees the KV cache and the unpacked digits."""
+        self._keys, self._values = [], []
+        self._planes = None
+
+    @property
+    def embedding_group(self) -> GroupTensors:
+        """The group that holds the embedding: the head's if tied."""
+        return self._groups["head" if self.config.tied else "embed"]
+
+    def group(self, name: str) -> tuple[GroupTensors, GroupStats]:
+        """A group's tensors and what rules may know about it."""
+        return self._groups[name], self._stats[name]
+
+    def digits(self, group: GroupTensors, linear: LinearTensors) -> NDArray[np.uint8]:
+        """The unpacked digits of one linear layer, u8 [S, in, out]."""
+        if self._planes is not None and linear.name in self._planes:
+            return self._planes[linear.name]
+        planes = ops.channel_planes(digit_planes(linear.weight, linear.out_features, group.in_features))
+        if self._planes is not None:
+            self._planes[linear.name] = planes
+        return planes
+
+    def _dense(self, index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
+        group = self._groups[name]
+        return [ops.dense_linear(group, m, x) for m in range(len(group.linears))]
+
+    def _body(self, ids: list[int], pos: int, product: _Product) -> F32:
+        """What the output head reads, f32 [n, D]: embedding, all layers, final norm. Fills the KV cache."""
+        c = self.config
+        cos, sin = ops.rope_tables(np.arange(pos, pos + len(ids)), c.head_dim, c.rope_theta)
+        x = np.stack([ops.embedding_row(self.embedding_group, token) for token in ids])
+        for n, (input_norm, post_norm) in enumerate(self._norms):
+            name = f"layers.{n}."
+            q, k, v = product(4 * n, name + "qkv", ops.rms_norm(x, input_norm, c.rms_eps), None)
+            q = ops.rope(q.reshape(-1, c.num_heads, c.head_dim), cos, sin)
+            k = ops.rope(k.reshape(-1, c.num_kv_heads, c.head_dim), cos, sin)
+            self._keys[n] = _store(self._keys[n], pos, k)
+            self._values[n] = _store(self._values[n], pos, v.reshape(k.shape))
+            mixed = ops.attention(q, self._keys[n], self._values[n], pos)
+            x = x + product(4 * n + 1, name + "o", mixed.reshape(len(ids), c.q_size), None)[0]
+            gate, up = product(4 * n + 2, name + "gate_up", ops.rms_norm(x, post_norm, c.rms_eps), None)
+            gate = ops.silu(gate)
+            x = x + product(4 * n + 3, name + "down", gate * up, gate)[0]
+        return ops.rms_norm(x, self._final_norm, c.rms_eps)
+
+    def _check(self, tokens: Sequence[int] | NDArray[np.int32], pos: int) -> list[int]:
+        ids = [int(t) for t in tokens]
+        if not ids:
+            raise LowtideError("no tokens given: at least one is needed")
+        wrong = [t for t in ids if not 0 <= t < self.vocab_size]
+        if wrong:
+            raise LowtideError(f"token {wrong[0]}: must be 0 to {self.vocab_size - 1}, the model's vocabulary")
+        if pos < 0 or pos + len(ids) > self.max_context:
+            raise LowtideError(f"position {pos} + {len(ids)} tokens: the context holds {self.max_context}")
+        if pos > len(self._keys[0]):
+            raise LowtideError(f"position {pos}: only {len(self._keys[0])} positions have been filled so far")
+        return ids
+
+
+class _Masked:
+    """The graded product of a group under a policy; counts the bits of each token, i64 [n]."""
+
+    def __init__(self, engine: ReferenceEngine, policy: PolicyParams, tokens: int) -> None:
+        expected = 4 * engine.config.num_layers + 1
+        if len(policy.thresholds) != expected:
+            raise LowtideError(f"policy {policy.rule}: thresholds for {len(policy.thresholds)} groups, not {expected}")
+        self.rule = get_rule(policy.rule)
+        self.engine = engine
+        self.policy = policy
+        self.bits = np.zeros(tokens, np.int64)
+
+    def __call__(self, index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
+        group, stats = self.engine.group(name)
+        params = self.rule.shift(self.policy.thresholds[index], self.policy.log2_offset)
+        levels = self.rule.levels(stats, x, params, gate)
+        self.bits += ops.group_bits(group, levels)
+        return [ops.graded_linear(group, m, self.engine.digits(group, m), x, levels) for m in group.linears]
+
+
+def _store(cache: NDArray[np.float16], pos: int, new: F32) -> NDArray[np.float16]:
+    """The cache f16 [pos + n, K, hd] with `new` f32 [n, K, hd] from position pos on, rounded to nearest even."""
+    return np.concatenate([cache[:pos], new.astype(np.float16)])
+
+
+def _f32(tensor: NDArray[np.generic]) -> F32:
+    return np.asarray(tensor, dtype=np.float32)

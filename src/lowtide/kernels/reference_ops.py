@@ -1,0 +1,232 @@
+"""numpy specification of every kernel: slow, plain, and what the native kernels are tested against.
+
+The integer part (coefficients, digit sums) is exact; the float part follows the order of docs/architecture.md.
+Legend: n tokens, S slices, `in` channels, `out` rows, H heads, K key/value heads, hd head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowtide.format.codec import tiles, unpack_digits
+
+if TYPE_CHECKING:
+    from lowtide.format.groups import GroupTensors, LinearTensors
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+U8 = NDArray[np.uint8]
+
+# Digits up to 3 times coefficients up to 127: a float32 sum of this many products stays below 2^24, so it is exact.
+EXACT_CHUNK = 32768
+
+# Prefill quantises inputs in blocks of this many channels: 127 * 255 * 128 is below 2^24, so these sums are exact too.
+DENSE_BLOCK = 128
+
+
+def rms_norm(x: F32, gain: F32, eps: float) -> F32:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis: f32 [n, D]."""
+    scale = np.float32(1) / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(eps))
+    return np.asarray(x * scale * gain, np.float32)
+
+
+def silu(x: F32) -> F32:
+    """x / (1 + exp(-x)), f32, any shape."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x / (np.float32(1) + np.exp(-x)), np.float32)
+
+
+def rope_tables(positions: NDArray[np.int64], head_dim: int, theta: float) -> tuple[F32, F32]:
+    """cos and sin, f32 [n, hd/2], of position * theta^(-2i/hd), taken in float64."""
+    inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angle = positions[:, None].astype(np.float64) * inverse
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rope(x: F32, cos: F32, sin: F32) -> F32:
+    """Half rotation of f32 [n, heads, hd]: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), Hugging Face's layout."""
+    half = x.shape[-1] // 2
+    a, b, c, s = x[..., :half], x[..., half:], cos[:, None, :], sin[:, None, :]
+    return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+
+def attention(q: F32, keys: NDArray[np.float16], values: NDArray[np.float16], start: int) -> F32:
+    """Causal attention with grouped heads.
+
+    Args:
+        q: f32 [n, H, hd], queries of positions start .. start + n - 1.
+        keys, values: f16 [start + n, K, hd], the cache up to and with the last of them.
+        start: position of the first query.
+
+    Returns:
+        f32 [n, H, hd]; query head h attends to key/value head h // (H / K).
+    """
+    n, heads, head_dim = q.shape
+    total, kv_heads, _ = keys.shape
+    grouped = q.reshape(n, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)  # [K, H/K, n, hd]
+    k = keys.astype(np.float32).transpose(1, 2, 0)[:, None]  # [K, 1, hd, total]
+    v = values.astype(np.float32).transpose(1, 0, 2)[:, None]  # [K, 1, total, hd]
+    scores = np.matmul(grouped, k) * np.float32(1 / np.sqrt(head_dim))
+    future = np.arange(total)[None, :] > start + np.arange(n)[:, None]
+    scores = np.where(future, np.float32(-np.inf), scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed: F32 = np.matmul(weights, v).transpose(2, 0, 1, 3).reshape(n, heads, head_dim)
+    return mixed
+
+
+def coefficients(a: F32, levels: I32, col_scale: F32, shrink: F32) -> tuple[NDArray[np.int8], F32]:
+    """The int8 coefficients of every channel and slice, and the scale of every class.
+
+    Args:
+        a: f32 [n, in], centred inputs.
+        levels: i32 [n, in] in 0..S.
+        col_scale: f32 [in].
+        shrink: f32 [S], gamma of levels 1..S.
+
+    Returns:
+        coef i8 [S, n, in] (0 where the slice is not read) and scale f32 [S, n]: S_k of class k = level - slice - 1.
+    """
+    slices = len(shrink)
+    gamma = np.concatenate([np.zeros(1, np.float32), shrink.astype(np.float32)])[levels]
+    value = a * col_scale * gamma
+    classes = levels[None] - np.arange(slices)[:, None, None] - 1  # [S, n, in], negative: not read
+    u = value[None] * (np.float32(4) ** -np.arange(slices, dtype=np.float32))[:, None, None]
+    coef = np.zeros(u.shape, np.int8)
+    scale = np.zeros((slices, len(a)), np.float32)
+    for k in range(slices):
+        member = classes == k
+        m = np.where(member, np.abs(u), 0).max(axis=(0, 2)).astype(np.float32)
+        with np.errstate(divide="ignore"):
+            inverse = np.where(m > 0, np.float32(127) / m, np.float32(0))
+        rounded = np.rint(u * inverse[:, None])
+        coef[member] = rounded[member].astype(np.int8)
+        scale[k] = m / np.float32(127) * np.float32(0.5)
+    return coef, scale
+
+
+def digit_sums(planes: U8, coef: NDArray[np.int8], levels: I32, k: int) -> NDArray[np.int64]:
+    """T_k = 2 * sum coef * d - 3 * sum coef over the entries of class k, exact.
+
+    Args:
+        planes: u8 [S, in, out], digits in 0..3, coarsest slice first.
+        coef: i8 [S, n, in].
+        levels: i32 [n, in].
+        k: the class.
+
+    Returns:
+        i64 [n, out].
+    """
+    total = np.zeros((coef.shape[1], planes.shape[2]), np.int64)
+    for s in range(len(planes) - k):
+        chosen = np.where(levels == k + s + 1, coef[s], 0)
+        active = np.flatnonzero(chosen.any(axis=0))
+        for start in range(0, len(active), EXACT_CHUNK):
+            part = active[start : start + EXACT_CHUNK]
+            c = chosen[:, part]
+            sums = c.astype(np.float32) @ planes[s][part].astype(np.float32)
+            total += 2 * sums.astype(np.int64) - 3 * c.sum(axis=1, dtype=np.int64)[:, None]
+    return total
+
+
+def graded_linear(group: GroupTensors, linear: LinearTensors, planes: U8, x: F32, levels: I32) -> F32:
+    """One linear layer of a group: f32 [n, out] from inputs x f32 [n, in] and levels i32 [n, in].
+
+    planes: u8 [S, in, out], the layer's digits (`channel_planes`).
+    """
+    a = x - group.mean.astype(np.float32)
+    coef, scale = coefficients(a, levels, group.col_scale.astype(np.float32), group.shrink)
+    y = np.zeros((len(x), linear.out_features), np.float32)
+    for k in range(group.slices):
+        y += scale[k][:, None] * digit_sums(planes, coef, levels, k).astype(np.float32)
+    y *= linear.row_scale.astype(np.float32)
+    y += linear.bias.astype(np.float32)
+    rows, cols, values = linear.outliers()
+    weights = values.astype(np.float32)
+    for token in range(len(x)):
+        np.add.at(y[token], rows, weights * a[token, cols])  # unbuffered: adds in stored order
+    for e, channel in enumerate(group.exact_channels):
+        y += linear.exact[e].astype(np.float32) * x[:, channel, None]
+    return y
+
+
+def quantise_blocks(value: F32) -> tuple[NDArray[np.int8], F32]:
+    """int8 values and scales of f32 [n, in] in blocks of DENSE_BLOCK channels.
+
+    Returns:
+        q i8 [n, blocks * DENSE_BLOCK], zero beyond in, and scale f32 [n, blocks], half of what one unit of q means.
+    """
+    n, inputs = value.shape
+    blocks = -(-inputs // DENSE_BLOCK)
+    padded = np.zeros((n, blocks, DENSE_BLOCK), np.float32)
+    padded.reshape(n, -1)[:, :inputs] = value
+    m = np.abs(padded).max(axis=-1)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(m > 0, np.float32(127) / m, np.float32(0))
+    q = np.rint(padded * inverse[..., None]).astype(np.int8)
+    return q.reshape(n, -1), m / np.float32(127) * np.float32(0.5)
+
+
+def dense_linear(group: GroupTensors, index: int, x: F32) -> F32:
+    """The group's member `index` with all slices read, as prefill does it: f32 [n, out] from x f32 [n, in].
+
+    The inputs become int8 in blocks of DENSE_BLOCK channels; the sums over a block are exact.
+    """
+    linear, slices = group.linears[index], group.slices
+    a = x - group.mean.astype(np.float32)
+    value = a * group.col_scale.astype(np.float32) * group.shrink[slices - 1]
+    value[:, group.exact_channels] = 0
+    q, scale = quantise_blocks(value)
+    code = unpack_digits(linear.weight, linear.out_features, group.in_features, slices).astype(np.float32)
+    y = np.zeros((len(x), linear.out_features), np.float32)
+    for b in range(scale.shape[1]):
+        part = slice(b * DENSE_BLOCK, min((b + 1) * DENSE_BLOCK, group.in_features))
+        chosen = q[:, part].astype(np.float32)
+        doubled = np.float32(2) * (chosen @ code[:, part].T) - np.float32(4**slices - 1) * chosen.sum(1)[:, None]
+        y += doubled * scale[:, b, None]
+    y *= np.float32(4.0 ** (1 - slices))
+    y *= linear.row_scale.astype(np.float32)
+    y += linear.bias.astype(np.float32)
+    y += a @ group.exact_part(index).T
+    return y
+
+
+def embedding_row(group: GroupTensors, token: int) -> F32:
+    """The embedding f32 [in] of a token: row `token` of the group's only member, all slices read."""
+    linear = group.linears[0]
+    total = np.zeros(group.in_features, np.float32)
+    for s, digits in enumerate(row_digits(linear.weight, token, linear.out_features, group.in_features)):
+        total += (digits.astype(np.float32) - np.float32(1.5)) * np.float32(4.0**-s)
+    row: F32 = linear.row_scale[token].astype(np.float32) * group.col_scale.astype(np.float32) * total
+    rows, cols, values = linear.outliers()
+    mine = rows == token
+    row[cols[mine]] = values[mine].astype(np.float32)
+    row[group.exact_channels] = linear.exact[:, token].astype(np.float32)
+    return row
+
+
+def row_digits(packed: U8, row: int, out: int, inputs: int) -> U8:
+    """Digits u8 [S, in] of one row of a packed weight [S, in * out_pad / 4], read from its tile."""
+    first, width = next(t for t in reversed(tiles(out)) if t[0] <= row)
+    byte, quarter = (row - first) % (width // 4), (row - first) // (width // 4)
+    runs = packed.reshape(len(packed), inputs, -1)
+    return np.asarray((runs[:, :, first // 4 + byte] >> np.uint8(2 * quarter)) & 3, np.uint8)
+
+
+def channel_planes(planes: U8) -> U8:
+    """Digits [S, out, in] (`codec.digit_planes`) in channel-major order [S, in, out], contiguous."""
+    return np.ascontiguousarray(planes.transpose(0, 2, 1))
+
+
+def group_bits(group: GroupTensors, levels: I32) -> NDArray[np.int64]:
+    """Bits read for a group by each token, i64 [n]: digits by levels i32 [n, in], and all side data."""
+    rows = sum(linear.out_features for linear in group.linears)
+    return 2 * rows * levels.sum(axis=-1, dtype=np.int64) + 8 * group.side_bytes()
+
+
+def embedding_bits(group: GroupTensors) -> int:
+    """Bits read for one embedding row: its digits, the column scales and its row scale."""
+    return 2 * group.slices * group.in_features + 8 * (2 * group.in_features + 2)

@@ -1,0 +1,39 @@
+"""What goes into an engine with each token, and what comes out beside the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PolicyParams:
+    """The mask rule of one token.
+
+    Attributes:
+        rule: name of the rule, a key of `lowtide.rules.RULES`.
+        thresholds: f32 [groups, S], the rule's params for each group: layers 0..n-1 times (qkv, o, gate_up, down),
+            then head.
+        log2_offset: how far the budget controller has moved them (`Rule.shift`); higher reads less.
+    """
+
+    rule: str
+    thresholds: NDArray[np.float32]
+    log2_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class DecodeStats:
+    """What one token read.
+
+    Attributes:
+        body_bits: for the linear layers of the decoder, side data included.
+        head_bits: for the output head (side data included) and the embedding row.
+        bytes_read: all of these in bytes, and the KV cache.
+    """
+
+    body_bits: int
+    head_bits: int
+    bytes_read: int

@@ -1,0 +1,166 @@
+"""From a budget in bits per weight to the thresholds of one token, and the loop that keeps the budget.
+
+An artifact stores thresholds for a few budgets (`manifest.budgets`, in `bits_read_body`). `policy_params`
+interpolates between them; `BudgetController` then moves one common offset, so that the mean over
+tokens lands on the target whatever the text is like.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lowtide.errors import LowtideError
+from lowtide.kernels.types import PolicyParams
+
+if TYPE_CHECKING:
+    from lowtide.format.manifest import Manifest
+    from lowtide.format.reader import Artifact
+
+GAIN = 0.02
+"""log2 of threshold per bit of error and token: a time constant of some 50 tokens, slow enough not to ring."""
+
+FIRST_GAIN = 0.5
+"""The gain of token t is at least FIRST_GAIN / t: half of the errors' running mean, so short texts settle, too."""
+
+MAX_OFFSET = 8.0
+"""The controller never scales thresholds by more than 2^8: there every channel is on or off anyway."""
+
+
+def parse_bits(text: str) -> float | None:
+    """A `--bits` value: a positive number, or "dense", which becomes None."""
+    if text.strip().lower() == "dense":
+        return None
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = float("nan")
+    if not 0 < bits < 1000:
+        raise LowtideError(f'--bits {text}: give a positive number of bits per weight, or "dense"')
+    return bits
+
+
+def body_weights(artifact: Artifact) -> int:
+    """Weights in the decoder's linear layers (head and embedding left out): what budgets are counted per."""
+    return sum(g.weights() for name, g in artifact.groups.items() if name not in ("head", "embed"))
+
+
+def body_side_bits(artifact: Artifact) -> int:
+    """Bits that every token reads whatever its masks are: scales, outliers, exact channels, thresholds."""
+    return sum(8 * g.side_bytes() for name, g in artifact.groups.items() if name not in ("head", "embed"))
+
+
+def policy_params(artifact: Artifact, policy: str | None, bits: float | None) -> PolicyParams:
+    """Thresholds of `policy` at a budget.
+
+    Args:
+        artifact: an open artifact.
+        policy: one of `artifact.manifest.policies` (`rule` or `rule:levels`), or "dense"; None takes the first stored.
+        bits: target for bits_read_body, in bits per weight; None reads everything.
+
+    Returns:
+        PolicyParams with thresholds f32 [layers * 4 + 1, S], the head's row last.
+
+    Raises:
+        LowtideError: unknown rule, one that the artifact stores no thresholds for, or a budget outside its grid.
+    """
+    from lowtide.rules import get_rule
+
+    manifest = artifact.manifest
+    groups = [g for name, g in artifact.groups.items() if name != "embed"]
+    index = _policy_index(manifest, policy)
+    if bits is None or index is None:
+        return PolicyParams("dense", np.zeros((len(groups), manifest.slices), np.float32))
+    grid = manifest.budgets
+    if not grid[0] <= bits <= grid[-1]:
+        stored = f"{grid[0]:g} to {math.floor(100 * grid[-1]) / 100:g}"  # rounded down, so what it says is inside
+        raise LowtideError(f'--bits {bits:g}: this artifact stores budgets from {stored} bits per weight, and "dense"')
+    rule = get_rule(manifest.policies[index])
+    high = min(int(np.searchsorted(grid, bits)), len(grid) - 1)
+    low = max(high - 1, 0)
+    fraction = (bits - grid[low]) / (grid[high] - grid[low]) if high > low else 1.0
+    tables = [group.thresholds[index] for group in groups]
+    rows = [rule.interpolate(table[low], table[high], fraction) for table in tables]
+    return PolicyParams(rule.name, np.stack(rows))
+
+
+def _policy_index(manifest: Manifest, policy: str | None) -> int | None:
+    """Place of the policy's thresholds in the artifact; None for dense, which needs none."""
+    from lowtide.rules import parse_policy
+
+    if policy is None:
+        return 0
+    name = parse_policy(policy, manifest.slices).text
+    if name == "dense":
+        return None
+    if name in manifest.policies:
+        return manifest.policies.index(name)
+    stored = ", ".join(manifest.policies)
+    raise LowtideError(f"--policy {policy}: this artifact stores no thresholds for it; stored: {stored}, dense")
+
+
+class BudgetController:
+    """Integral control of the bits read: keeps their mean over tokens at the target.
+
+    Text differs from the calibration text, so fixed thresholds miss the budget by a few per cent. After
+    each token every threshold is scaled by 2^(gain * error); at a constant gain the sum of all errors is
+    offset / gain, a bounded number, so the mean error falls as 1 / tokens. The gain is higher for the first
+    tokens, which halves what is left of the error after 64 of them.
+    """
+
+    def __init__(
+        self,
+        params: PolicyParams,
+        target_bits: float | None,
+        n_body_weights: int,
+        side_bits: int = 0,
+        gain: float = GAIN,
+    ) -> None:
+        """
+        Args:
+            params: where to begin, from `policy_params`.
+            target_bits: bits_read_body to hold, in bits per weight; None (dense) controls nothing.
+            n_body_weights: weights in the decoder's linear layers.
+            side_bits: bits read for them whatever the masks are; a target below that cannot be met.
+            gain: log2 of threshold per bit of error and token; 0 switches the control off.
+
+        Raises:
+            LowtideError: the target is below what is always read.
+        """
+        floor = side_bits / n_body_weights
+        if target_bits is not None and target_bits <= floor:
+            raise LowtideError(f"--bits {target_bits:g}: {floor:.3g} bits are read whatever the mask; ask for more")
+        self.params = params
+        self._target = target_bits if params.rule != "dense" else None
+        self._weights = n_body_weights
+        self._gain = gain
+        self._tokens = 0
+        self._bits = 0
+
+    def update(self, body_bits: int) -> None:
+        """Account for one token that read `body_bits` (side data included) and move `params` for the next."""
+        self._tokens += 1
+        self._bits += body_bits
+        if self._target is None:
+            return
+        error = self.per_weight(body_bits) - self._target
+        gain = max(self._gain, FIRST_GAIN / self._tokens) if self._gain else 0.0
+        offset = min(max(self.params.log2_offset + gain * error, -MAX_OFFSET), MAX_OFFSET)
+        self.params = dataclasses.replace(self.params, log2_offset=offset)
+
+    def per_weight(self, body_bits: float) -> float:
+        """Bits of one token as bits per weight of the decoder's linear layers."""
+        return body_bits / self._weights
+
+    @property
+    def tokens(self) -> int:
+        """Tokens accounted for."""
+        return self._tokens
+
+    @property
+    def mean_bits(self) -> float:
+        """bits_read_body so far: mean over tokens of bits read per weight (0.0 before the first token)."""
+        return self._bits / (self._tokens * self._weights) if self._tokens else 0.0

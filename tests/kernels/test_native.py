@@ -1,0 +1,191 @@
+"""The native engine against the numpy specification: odd shapes, every instruction set, several thread counts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from support.tiny import ODD, Tiny, make_artifact
+
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.kernels import reference_ops as ops
+from lowtide.kernels.native import Engine, available_isas
+from lowtide.kernels.reference import ReferenceEngine
+from lowtide.kernels.types import PolicyParams
+from lowtide.rules import GroupStats, get_rule
+
+SHAPES = {
+    "default": Tiny(),
+    "odd": ODD,
+    "one-slice": Tiny(slices=1, hidden=40, intermediate=70, tied=False),
+    "four-slices": Tiny(slices=4, exact=0, outliers=0.0, qkv_bias=True),
+    "wide-tiles": Tiny(hidden=320, intermediate=700, layers=1, heads=5, kv_heads=1, head_dim=64, vocab=577, outliers=0.004),
+    "many-tiles": Tiny(hidden=20, intermediate=24, layers=1, heads=2, kv_heads=1, head_dim=10, vocab=6500),
+    "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
+}
+VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]
+THRESHOLDS = np.array([0.15, 0.5, 1.1, 1.9], np.float32)
+
+
+@pytest.fixture(scope="module", params=sorted(SHAPES))
+def artifact(request, tmp_path_factory):
+    return open_artifact(make_artifact(tmp_path_factory.mktemp("native") / "a", SHAPES[request.param]))
+
+
+def policy(artifact, rule, offset=0.0):
+    rows = np.tile(THRESHOLDS[: artifact.manifest.slices], (4 * artifact.config.num_layers + 1, 1))
+    if rule == "topk":
+        rows = np.tile(np.array([21.4, 12, 5, 2], np.float32)[: artifact.manifest.slices], (len(rows), 1))
+    if rule == "statistical-topk":
+        rows = rows - 1
+    return PolicyParams(rule, rows, offset)
+
+
+def random_tokens(artifact, n=21, seed=3):
+    return np.random.default_rng(seed).integers(0, artifact.config.vocab_size, n).astype(np.int32)
+
+
+def assert_close(got, wanted):
+    """Logits of one engine against another's: equal but for coefficients that rounding turned the other way."""
+    assert np.median(np.abs(got - wanted)) < 1e-4 * np.abs(wanted).max()
+    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("rule", ["channel-norm", "channel-abs", "topk", "statistical-topk", "dense"])
+def test_group_product_is_the_specification(artifact, rule):
+    engines = [Engine(artifact, threads=threads, isa=isa) for isa, threads in VARIANTS]
+    chosen = policy(artifact, rule, 0.25)
+    body = [g for name, g in artifact.groups.items() if name != "embed"]
+    for index, group in enumerate(body):
+        x = np.random.default_rng(index).normal(0, 1.5, group.in_features).astype(np.float32)
+        stats = GroupStats.of(group)
+        mask_rule = get_rule(rule)
+        levels = mask_rule.levels(stats, x[None], mask_rule.shift(chosen.thresholds[index], chosen.log2_offset))
+        first, first_bits = engines[0].group_product(index, x, chosen)
+        assert first_bits == ops.group_bits(group, levels)[0]
+        for linear, y in zip(group.linears, first, strict=True):
+            planes = ops.channel_planes(ops_planes(group, linear))
+            wanted = ops.graded_linear(group, linear, planes, x[None], levels)[0]
+            np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
+        for engine in engines[1:]:
+            outs, bits = engine.group_product(index, x, chosen)
+            assert bits == first_bits
+            for y, again in zip(first, outs, strict=True):
+                np.testing.assert_array_equal(y, again, err_msg=f"{group.name} {engine.isa} {engine.threads} threads")
+
+
+def ops_planes(group, linear):
+    from lowtide.format.codec import digit_planes
+
+    return digit_planes(linear.weight, linear.out_features, group.in_features)
+
+
+def test_nothing_read_leaves_bias_outliers_and_exact_channels(artifact):
+    engine = Engine(artifact, threads=1)
+    nothing = dataclasses.replace(policy(artifact, "channel-norm"), log2_offset=100.0)
+    group = artifact.groups["layers.0.gate_up"]
+    x = np.random.default_rng(0).normal(0, 1, group.in_features).astype(np.float32)
+    outs, bits = engine.group_product(2, x, nothing)
+    assert bits == 8 * group.side_bytes()
+    for i, linear in enumerate(group.linears):
+        wanted = group.exact_part(i) @ (x - group.mean.astype(np.float32)) + linear.bias.astype(np.float32)
+        np.testing.assert_allclose(outs[i], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["channel-norm", "gate", "dense"])
+def test_decode_is_the_reference(artifact, rule):
+    """Logits and bits of a text."""
+    tokens, chosen = random_tokens(artifact), policy(artifact, rule)
+    wanted, stats = ReferenceEngine(artifact).decode_many(tokens, 0, chosen)
+    results = []
+    for isa, threads in VARIANTS:
+        engine = Engine(artifact, threads=threads, isa=isa)
+        results.append([engine.decode(int(t), i, chosen) for i, t in enumerate(tokens)])
+    logits = np.stack([row for row, _ in results[0]])
+    assert_close(logits, wanted)
+    native_bits = np.array([s.body_bits for _, s in results[0]], float)
+    np.testing.assert_allclose(native_bits, [s.body_bits for s in stats], rtol=0.01)
+    np.testing.assert_allclose([s.bytes_read for _, s in results[0]], [s.bytes_read for s in stats], rtol=0.01)
+    for other in results[1:]:
+        for (a, sa), (b, sb) in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert sa == sb
+
+
+def test_prefill_is_the_reference(artifact):
+    tokens = random_tokens(artifact)
+    wanted = ReferenceEngine(artifact).prefill(tokens, 0, all_logits=True)
+    for isa, threads in VARIANTS:
+        engine = Engine(artifact, threads=threads, isa=isa)
+        got = engine.prefill(tokens, 0, all_logits=True)
+        assert_close(got, wanted)
+        np.testing.assert_array_equal(engine.prefill(tokens, 0), got[-1])
+
+
+def test_prefill_in_pieces_and_over_chunk_borders(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "a", Tiny(max_position=256)))
+    tokens = random_tokens(artifact, 230)
+    engine = Engine(artifact, threads=2)
+    whole = engine.prefill(tokens, 0, all_logits=True)
+    assert_close(whole, ReferenceEngine(artifact).prefill(tokens, 0, True))
+    engine.prefill(tokens[:101], 0)
+    np.testing.assert_array_equal(engine.prefill(tokens[101:], 101), whole[-1])
+
+
+def test_decode_goes_on_after_prefill(artifact):
+    tokens, dense = random_tokens(artifact), policy(artifact, "dense")
+    engine, reference = Engine(artifact), ReferenceEngine(artifact)
+    engine.prefill(tokens[:-1], 0)
+    reference.prefill(tokens[:-1], 0)
+    got, _ = engine.decode(int(tokens[-1]), len(tokens) - 1, dense)
+    wanted, _ = reference.decode(int(tokens[-1]), len(tokens) - 1, dense)
+    np.testing.assert_allclose(got, wanted, atol=0.03 * np.abs(wanted).max())
+
+
+def test_positions_can_be_rewritten(tiny_artifact):
+    artifact = open_artifact(tiny_artifact)
+    tokens, chosen = random_tokens(artifact, 6), policy(artifact, "channel-norm")
+    engine = Engine(artifact)
+    first = [engine.decode(int(t), i, chosen)[0] for i, t in enumerate(tokens)]
+    for other in (5, 7, 9):
+        engine.decode(other, 3, chosen)
+    again = [engine.decode(int(tokens[i]), i, chosen)[0] for i in range(3, 6)]
+    np.testing.assert_array_equal(again, first[3:])
+
+
+def test_bad_calls_are_told_in_one_line(tiny_artifact, monkeypatch):
+    artifact = open_artifact(tiny_artifact)
+    engine = Engine(artifact, max_context=8)
+    chosen = policy(artifact, "dense")
+    for call, words in [
+        (lambda: engine.decode(artifact.config.vocab_size, 0, chosen), "tokens must be"),
+        (lambda: engine.decode(-1, 0, chosen), "tokens must be"),
+        (lambda: engine.decode(0, 8, chosen), "outside the context of 8"),
+        (lambda: engine.prefill([], 0), "tokens must be"),
+        (lambda: engine.prefill([1] * 9, 0), "outside the context of 8"),
+        (lambda: engine.decode(0, 0, dataclasses.replace(chosen, rule="best")), "unknown mask rule 'best'"),
+        (lambda: engine.decode(0, 0, dataclasses.replace(chosen, thresholds=chosen.thresholds[1:])), "must have shape"),
+        (lambda: Engine(artifact, threads=0), "--threads 0"),
+        (lambda: Engine(artifact, max_context=10**6), "max_context 1000000"),
+        (lambda: Engine(artifact, isa="sse9"), "isa=sse9: not available"),
+    ]:
+        with pytest.raises(LowtideError, match=words):
+            call()
+    monkeypatch.setenv("LOWTIDE_ISA", "altivec")
+    with pytest.raises(LowtideError, match="LOWTIDE_ISA=altivec: not available on this machine; it has"):
+        Engine(artifact)
+    engine.close()
+    engine.close()
+    with pytest.raises(LowtideError, match="closed"):
+        engine.decode(0, 0, chosen)
+
+
+def test_environment_forces_an_instruction_set(tiny_artifact, monkeypatch):
+    artifact = open_artifact(tiny_artifact)
+    for isa in available_isas():
+        monkeypatch.setenv("LOWTIDE_ISA", isa)
+        assert Engine(artifact).isa == isa
+
+
+def test_read_bandwidth_is_measured(tiny_artifact):
+    assert Engine(open_artifact(tiny_artifact), threads=1).read_bandwidth(1 << 24, 2) > 1e8

@@ -1,0 +1,186 @@
+"""The reference engine against the dense model, against itself, and its bookkeeping by hand."""
+
+import numpy as np
+import pytest
+from support.tiny import DEFAULT, ODD
+from support.twin import make_twins
+
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.kernels import reference_ops as ops
+from lowtide.kernels.reference import ReferenceEngine
+from lowtide.kernels.types import PolicyParams
+
+f32 = np.float32
+
+
+def policy_of(artifact, rule="channel-norm", cuts=(0.05, 0.3, 1.2), offset=0.0):
+    rows = len([name for name in artifact.groups if name != "embed"])
+    return PolicyParams(rule, np.tile(f32(cuts[: artifact.manifest.slices]), (rows, 1)), offset)
+
+
+@pytest.fixture(params=["tied llama", "untied qwen2", "odd sizes"])
+def twins(request, tmp_path):
+    base, options = {
+        "tied llama": (DEFAULT, {}),
+        "untied qwen2": (DEFAULT, {"tied": False, "qkv_bias": True, "slices": 2}),
+        "odd sizes": (ODD, {"slices": 4}),
+    }[request.param]
+    path, source = make_twins(tmp_path / "twin.lowtide", base, **options)
+    return open_artifact(path), source
+
+
+def log_probabilities(logits):
+    z = np.asarray(logits, np.float64)
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+TOKENS = np.array([1, 50, 7, 99, 23, 23, 64, 12, 5, 88, 31, 2], np.int32)
+
+
+def unrounded(group, index, x):
+    """`ops.dense_linear` without the rounding of its inputs."""
+    weight = group.dequantise(index, group.slices) + group.exact_part(index)
+    return (x - group.mean.astype(f32)) @ weight.T + group.linears[index].bias.astype(f32)
+
+
+def test_prefill_equals_the_dense_model(twins, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from lowtide.compress.dense import DenseModel
+
+    artifact, source = twins
+    logits = DenseModel(source).logits(torch.from_numpy(TOKENS.astype(np.int64))[None])[0].numpy()
+    want = log_probabilities(logits)
+    engine = ReferenceEngine(artifact)
+    rounded = np.abs(log_probabilities(engine.prefill(TOKENS, 0, all_logits=True)) - want).max()
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "dense_linear", unrounded)
+        unrounded_ = np.abs(log_probabilities(engine.prefill(TOKENS, 0, all_logits=True)) - want).max()
+    assert unrounded_ < 5e-3  # float16 KV cache
+    assert unrounded_ < rounded < 0.1
+
+
+def test_prefill_in_pieces(twins):
+    engine = ReferenceEngine(twins[0])
+    got = engine.prefill(TOKENS, 0, all_logits=True)
+    np.testing.assert_allclose(engine.prefill(TOKENS, 0), got[-1], rtol=1e-4, atol=1e-4)
+    engine.prefill(TOKENS[:5], 0)
+    np.testing.assert_allclose(engine.prefill(TOKENS[5:], 5), got[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_read_decodes_close_to_the_dense_prefill(twins):
+    artifact, _ = twins
+    engine = ReferenceEngine(artifact)
+    want = log_probabilities(engine.prefill(TOKENS, 0, all_logits=True))
+    got = [engine.decode(int(t), i, policy_of(artifact, "dense"))[0] for i, t in enumerate(TOKENS)]
+    difference = np.abs(log_probabilities(got) - want)
+    assert 0 < difference.max() < 0.15
+    masked = [engine.decode(int(t), i, policy_of(artifact))[0] for i, t in enumerate(TOKENS)]
+    assert np.abs(log_probabilities(masked) - want).mean() > 3 * difference.mean()
+
+
+@pytest.mark.parametrize("rule", ["channel-norm", "topk", "gate"])
+def test_decode_many_equals_single_steps(twins, rule):
+    artifact, _ = twins
+    policy = policy_of(artifact, rule, (30.2, 20, 8, 1) if rule == "topk" else (0.05, 0.3, 0.7, 1.2))
+    many, many_stats = ReferenceEngine(artifact).decode_many(TOKENS, 0, policy)
+    engine = ReferenceEngine(artifact)
+    for i, token in enumerate(TOKENS):
+        logits, stats = engine.decode(int(token), i, policy)
+        np.testing.assert_allclose(logits, many[i], rtol=1e-3, atol=1e-3)
+        assert stats == many_stats[i]
+
+
+def test_stats_of_a_full_read(twins):
+    artifact, _ = twins
+    c, groups = artifact.config, artifact.groups
+    engine = ReferenceEngine(artifact)
+    _, stats = engine.decode(5, 0, policy_of(artifact, "dense"))
+
+    def full(g):
+        return (
+            2 * g.slices * (g.in_features - len(g.exact_channels)) * sum(m.out_features for m in g.linears)
+            + 8 * g.side_bytes()
+        )
+
+    assert stats.body_bits == sum(full(g) for name, g in groups.items() if name.startswith("layers."))
+    row = 2 * groups["head"].slices * c.hidden_size + 16 * c.hidden_size + 16
+    assert stats.head_bits == full(groups["head"]) + row
+    cache = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
+    assert stats.bytes_read == -(-(stats.body_bits + stats.head_bits) // 8) + cache
+    _, later = engine.decode(5, 1, policy_of(artifact, "dense"))
+    assert later.bytes_read == stats.bytes_read + cache
+    logits, without = engine.decode(5, 0, policy_of(artifact, "dense"), want_logits=False)
+    assert logits.shape == (0,) and without.head_bits == row and without.body_bits == stats.body_bits
+
+
+def test_an_offset_reads_less_and_nothing_read_leaves_side_data(twins):
+    artifact, _ = twins
+    engine = ReferenceEngine(artifact)
+    read = [engine.decode(5, 0, policy_of(artifact, offset=o))[1].body_bits for o in (-1, 0, 1)]
+    assert read[0] > read[1] > read[2]
+    _, stats = engine.decode(5, 0, policy_of(artifact, cuts=(np.inf,) * 4))
+    assert stats.body_bits == 8 * sum(
+        g.side_bytes() for name, g in artifact.groups.items() if name.startswith("layers.")
+    )
+
+
+def test_each_group_follows_its_own_row_of_the_policy(twins):
+    artifact, _ = twins
+    engine = ReferenceEngine(artifact)
+    silent = policy_of(artifact, cuts=(np.inf,) * 4)
+    _, base = engine.decode(5, 0, silent)
+    for row, (name, group) in enumerate((n, g) for n, g in artifact.groups.items() if n != "embed"):
+        cuts = silent.thresholds.copy()
+        cuts[row, 0] = 0
+        _, stats = engine.decode(5, 0, PolicyParams("channel-norm", cuts))
+        read = 2 * (group.in_features - len(group.exact_channels)) * sum(m.out_features for m in group.linears)
+        grown = (stats.body_bits - base.body_bits, stats.head_bits - base.head_bits)
+        assert grown == ((0, read) if name == "head" else (read, 0)), name
+
+
+def test_positions_may_be_rewritten(twins):
+    artifact, _ = twins
+    engine, policy = ReferenceEngine(artifact), policy_of(artifact)
+    first = [engine.decode(int(t), i, policy)[0] for i, t in enumerate(TOKENS[:6])]
+    engine.decode(3, 2, policy)
+    again = [engine.decode(int(t), i, policy)[0] for i, t in enumerate(TOKENS[:6])]
+    np.testing.assert_array_equal(first, again)
+    other = [engine.decode(int(t), i, policy)[0] for i, t in enumerate([*TOKENS[:5], 3])]
+    assert np.abs(other[-1] - first[-1]).max() > 1e-3
+
+
+def test_keys_and_values_are_rounded_to_float16(twins):
+    artifact, _ = twins
+    engine = ReferenceEngine(artifact)
+    engine.prefill(TOKENS, 0)
+    assert engine._keys[0].dtype == engine._values[0].dtype == np.float16
+    assert engine._keys[0].shape == (len(TOKENS), artifact.config.num_kv_heads, artifact.config.head_dim)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e, p: e.decode(10**6, 0, p), "token 1000000"),
+        (lambda e, p: e.decode(-1, 0, p), "token -1"),
+        (lambda e, p: e.decode(1, 64, p), "the context holds 64"),
+        (lambda e, p: e.decode(1, 3, p), "only 0 positions"),
+        (lambda e, p: e.prefill([], 0), "no tokens"),
+        (lambda e, p: e.prefill([1] * 65, 0), "the context holds 64"),
+        (lambda e, p: e.decode(1, 0, PolicyParams("magic", p.thresholds)), "unknown mask rule 'magic'"),
+        (lambda e, p: e.decode(1, 0, PolicyParams("channel-norm", p.thresholds[:1])), "thresholds for 1 groups"),
+    ],
+)
+def test_wrong_calls_are_refused(tiny_artifact, call, message):
+    artifact = open_artifact(tiny_artifact)
+    with pytest.raises(LowtideError, match=message):
+        call(ReferenceEngine(artifact), policy_of(artifact))
+
+
+def test_context_is_bounded(tiny_artifact):
+    artifact = open_artifact(tiny_artifact)
+    with pytest.raises(LowtideError, match="max_context 65: must be 1 to 64"):
+        ReferenceEngine(artifact, max_context=65)
+    with pytest.raises(LowtideError, match="the context holds 4"):
+        ReferenceEngine(artifact, max_context=4).prefill([1] * 5, 0)

@@ -1,0 +1,138 @@
+"""Budgets: thresholds between grid points, refusals, and the loop that holds the mean."""
+
+import numpy as np
+import pytest
+from support.tiny import make_artifact
+
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.kernels.types import PolicyParams
+from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, parse_bits, policy_params
+
+POLICIES = ("channel-norm", "topk:0,4")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return open_artifact(make_artifact(tmp_path_factory.mktemp("budget") / "a", policies=POLICIES))
+
+
+def stored(artifact, policy: int, budget: int) -> np.ndarray:
+    return np.stack([group.thresholds[policy, budget] for name, group in artifact.groups.items() if name != "embed"])
+
+
+def test_parse_bits():
+    assert parse_bits("2.5") == 2.5
+    assert parse_bits(" Dense ") is None
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "three", "1e9"])
+def test_a_budget_that_is_none_is_named(text):
+    with pytest.raises(LowtideError, match=f"^--bits {text}"):
+        parse_bits(text)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_row_for_each_group_but_the_embedding(tmp_path, tied):
+    artifact = open_artifact(make_artifact(tmp_path / "a", tied=tied, layers=3))
+    assert policy_params(artifact, None, 5).thresholds.shape == (3 * 4 + 1, 3)
+    assert policy_params(artifact, None, None).thresholds.shape == (3 * 4 + 1, 3)
+
+
+def test_at_a_grid_point_the_stored_thresholds_come_out(artifact):
+    for policy, name in enumerate(POLICIES):
+        for budget, bits in enumerate(artifact.manifest.budgets):
+            params = policy_params(artifact, name, bits)
+            assert params.rule == name.partition(":")[0]
+            assert params.log2_offset == 0
+            np.testing.assert_array_equal(params.thresholds, stored(artifact, policy, budget))
+
+
+def test_between_grid_points_scores_mix_in_log2_and_counts_linearly(artifact):
+    low, high = stored(artifact, 0, 0), stored(artifact, 0, 1)
+    np.testing.assert_allclose(policy_params(artifact, None, 4.25).thresholds, low**0.75 * high**0.25, rtol=1e-6)
+    low, high = stored(artifact, 1, 1), stored(artifact, 1, 2)
+    np.testing.assert_allclose(policy_params(artifact, "topk:0,4", 5.5).thresholds, (low + high) / 2, rtol=1e-6)
+
+
+def test_dense_is_a_rule_of_its_own(artifact):
+    assert policy_params(artifact, None, None).rule == "dense"
+    assert policy_params(artifact, "dense", 5).rule == "dense"
+    assert policy_params(artifact, "topk:0,4", None).rule == "dense"
+
+
+@pytest.mark.parametrize("bits", [3.99, 6.01])
+def test_a_budget_outside_the_grid_is_refused_with_the_range(artifact, bits):
+    with pytest.raises(LowtideError, match=rf"--bits {bits}: .*from 4 to 6 .*dense"):
+        policy_params(artifact, None, bits)
+
+
+def test_an_unknown_rule_and_one_that_is_not_stored_are_told_apart(artifact):
+    with pytest.raises(LowtideError, match="unknown mask rule 'waterline'"):
+        policy_params(artifact, "waterline", 5)
+    with pytest.raises(LowtideError, match=r"--policy gate: .*stored: channel-norm, topk:0,4, dense"):
+        policy_params(artifact, "gate", 5)
+    with pytest.raises(LowtideError, match="unknown mask rule"):
+        policy_params(artifact, "waterline", None)
+
+
+def test_weights_and_side_bits_leave_head_and_embedding_out(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "a", tied=False, layers=1))
+    h, f, kv = 48, 80, 2 * 12
+    assert body_weights(artifact) == h * h + 2 * h * kv + h * h + 2 * h * f + f * h
+    by_hand = sum(8 * artifact.groups[f"layers.0.{g}"].side_bytes() for g in ("qkv", "o", "gate_up", "down"))
+    assert body_side_bits(artifact) == by_hand
+
+
+def controller(target: float | None, rule: str = "channel-norm", **kw) -> BudgetController:
+    return BudgetController(PolicyParams(rule, np.ones((1, 3), np.float32)), target, n_body_weights=1000, **kw)
+
+
+def simulate(control: BudgetController, bias: float, tokens: int) -> None:
+    """A plant like ours: one log2 of threshold costs about one bit; tokens differ a lot from each other."""
+    noise = np.random.default_rng(0).normal(0, 0.4, tokens)
+    for n in noise:
+        control.update(round(1000 * (3.0 + bias - control.params.log2_offset + n)))
+
+
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 0.5])
+def test_the_mean_is_held_within_one_per_cent(bias):
+    control = controller(3.0)
+    simulate(control, bias, 2048)
+    assert control.tokens == 2048
+    assert control.mean_bits == pytest.approx(3.0, rel=0.01)
+    assert np.sign(round(control.params.log2_offset, 1)) == np.sign(bias)
+
+
+@pytest.mark.parametrize("bias", [-0.3, 0.3])
+def test_a_short_text_comes_near_its_budget(bias):
+    control = controller(3.0)
+    simulate(control, bias, 64)
+    assert control.mean_bits == pytest.approx(3.0, rel=0.03)
+
+
+def test_without_control_the_same_plant_misses():
+    control = controller(3.0, gain=0.0)
+    simulate(control, 0.5, 2048)
+    assert abs(control.mean_bits - 3.0) > 0.3
+
+
+def test_the_offset_is_bounded():
+    control = controller(3.0)
+    for _ in range(10000):
+        control.update(8000)
+    assert control.params.log2_offset == 8.0
+
+
+def test_dense_is_counted_but_not_controlled():
+    for control in (controller(None), controller(3.0, rule="dense")):
+        control.update(6000)
+        control.update(7000)
+        assert control.mean_bits == 6.5
+        assert control.params.log2_offset == 0
+
+
+def test_a_target_below_what_is_always_read_is_refused():
+    with pytest.raises(LowtideError, match=r"--bits 0.5: 0.6 bits are read whatever"):
+        controller(0.5, side_bits=600)
+    assert controller(0.7, side_bits=600).mean_bits == 0.0
