@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lowtide
+
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("lowtide", "numpy", "torch", "tokenizers", "gguf")
+PACKAGES = ("numpy", "torch", "tokenizers", "gguf")
 
 
 def machine() -> dict[str, Any]:
@@ -38,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 def versions(**more: str) -> dict[str, str]:
     """Versions of Python and of the packages that matter, and whatever else the caller knows."""
-    found = {"python": platform.python_version()}
+    found = {"lowtide": lowtide.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -75,7 +77,7 @@ def save(name: str, result: Mapping[str, Any], table: str, folder: Path = RESULT
         f"# {name}",
         "",
         f"{result.get('model', '')}; {box['cpu']}, {box['cores']} cores; {result['date']}; "
-        f"lowtide {result['versions'].get('lowtide', '?')}",
+        f"lowtide {result['versions']['lowtide']}",
         "",
         f"    {result['command']}",
         "",

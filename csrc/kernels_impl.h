@@ -401,6 +401,8 @@ typedef float lanes __attribute__((vector_size(16)));
 static inline lanes mul_add(lanes a, lanes b, lanes c) { return a * b + c; }
 #endif
 constexpr int kLanes = sizeof(lanes) / 4;
+// Loads and stores anywhere, in one instruction (a memcpy goes through the stack here).
+typedef lanes lanes_anywhere __attribute__((aligned(4), may_alias));
 
 static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t row, int64_t from, void *panel) {
   const Tiling t(l.out);
@@ -420,22 +422,25 @@ template <int kRows>
 static inline void multiply_rows(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks,
                                  int32_t middle, const float *panel, float *y) {
   constexpr int kVectors = 2;
+  float x[lowtide::kDepth][kRows];
+  for (int i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < lowtide::kDepth; ++j) x[j][i] = q[i * blocks * lowtide::kDepth + j];
   for (int column = 0; column < 64; column += kVectors * kLanes) {
     lanes acc[kRows][kVectors] = {};
     for (int64_t j = 0; j < lowtide::kDepth; ++j) {
-      lanes b[kVectors];
-      std::memcpy(b, panel + j * 64 + column, sizeof b);
+      const lanes_anywhere *b = (const lanes_anywhere *)(panel + j * 64 + column);
+      const lanes b0 = b[0], b1 = b[1];
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const lanes x = (float)q[i * blocks * lowtide::kDepth + j] - lanes{};
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = mul_add(x, b[v], acc[i][v]);
+        const lanes broadcast = x[j][i] - lanes{};
+        acc[i][0] = mul_add(broadcast, b0, acc[i][0]);
+        acc[i][1] = mul_add(broadcast, b1, acc[i][1]);
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      lanes old[kVectors];
-      std::memcpy(old, y + i * 64 + column, sizeof old);
+      lanes_anywhere *to = (lanes_anywhere *)(y + i * 64 + column);
       const float shift = (float)middle * (float)sum[i * blocks];
-      for (int v = 0; v < kVectors; ++v) old[v] = old[v] + (2.0f * acc[i][v] - shift) * scale[i * blocks];
-      std::memcpy(y + i * 64 + column, old, sizeof old);
+      for (int v = 0; v < kVectors; ++v) to[v] = to[v] + (2.0f * acc[i][v] - shift) * scale[i * blocks];
     }
   }
 }

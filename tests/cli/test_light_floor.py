@@ -28,9 +28,8 @@ sys.exit(code)
 
 
 def light(*arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    if not IN_LIGHT_ENVIRONMENT:
-        environment = dict(os.environ)
+    dropped = {"PYTHONDONTWRITEBYTECODE"} | ({"PYTHONPATH", "PYTHONHOME"} if IN_LIGHT_ENVIRONMENT else set())
+    environment = {k: v for k, v in os.environ.items() if k not in dropped}
     command = [PYTHON, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **options)
 

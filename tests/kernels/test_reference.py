@@ -249,7 +249,32 @@ def test_rms_norm_and_silu_equal_torch():
     want = torch.nn.functional.rms_norm(torch.from_numpy(x), (65,), torch.from_numpy(gain), 1e-5)
     np.testing.assert_allclose(ops.rms_norm(x, gain, 1e-5), want.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(ops.silu(x), torch.nn.functional.silu(torch.from_numpy(x)).numpy(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(ops.silu(f32([-200.0, 0, 200])), f32([0, 0, 200]))
+    np.testing.assert_allclose(ops.silu(f32([-200.0, 0, 200])), f32([0, 0, 200]), atol=1e-30)
+
+
+def test_exponential_is_accurate_and_clamped():
+    x = np.linspace(-87, 88, 20001).astype(f32)
+    np.testing.assert_allclose(ops.exponential(x), np.exp(x.astype(np.float64)), rtol=3e-7)
+    np.testing.assert_array_equal(ops.exponential(f32([-1e30, 0, 1e30])), ops.exponential(f32([-87, 0, 88])))
+    assert ops.exponential(f32([0]))[0] == 1
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 100])
+def test_sums_have_a_fixed_order(size):
+    x = np.random.default_rng(size).normal(0, 1, (2, size)).astype(f32)
+    lanes = [[f32(0)] * 16 for _ in range(2)]
+    for row in range(2):
+        for i, value in enumerate(x[row]):
+            lanes[row][i % 16] = f32(lanes[row][i % 16] + value)
+        for width in (8, 4, 2, 1):
+            for i in range(width):
+                lanes[row][i] = f32(lanes[row][i] + lanes[row][i + width])
+    np.testing.assert_array_equal(ops.lane_sum(x), [lanes[0][0], lanes[1][0]])
+    total = f32(0)
+    for value in x[0]:
+        total = f32(total + value)
+    assert ops.in_order(x, axis=-1)[0] == total
+    np.testing.assert_array_equal(ops.in_order(x.T.copy(), axis=0), ops.in_order(x, axis=1))
 
 
 def test_rope_rotates_halves_by_position():

@@ -58,15 +58,15 @@ def test_prefill_equals_the_dense_model(twins, monkeypatch):
         patched.setattr(ops, "dense_linear", unrounded)
         unrounded_ = np.abs(log_probabilities(engine.prefill(TOKENS, 0, all_logits=True)) - want).max()
     assert unrounded_ < 5e-3  # float16 KV cache
-    assert unrounded_ < rounded < 0.1
+    assert unrounded_ < rounded < 0.25
 
 
 def test_prefill_in_pieces(twins):
     engine = ReferenceEngine(twins[0])
     got = engine.prefill(TOKENS, 0, all_logits=True)
-    np.testing.assert_allclose(engine.prefill(TOKENS, 0), got[-1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(engine.prefill(TOKENS, 0), got[-1])
     engine.prefill(TOKENS[:5], 0)
-    np.testing.assert_allclose(engine.prefill(TOKENS[5:], 5), got[-1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(engine.prefill(TOKENS[5:], 5), got[-1])
 
 
 def test_a_full_read_decodes_close_to_the_dense_prefill(twins):
@@ -88,7 +88,7 @@ def test_decode_many_equals_single_steps(twins, rule):
     engine = ReferenceEngine(artifact)
     for i, token in enumerate(TOKENS):
         logits, stats = engine.decode(int(token), i, policy)
-        np.testing.assert_allclose(logits, many[i], rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(logits, many[i])
         assert stats == many_stats[i]
 
 

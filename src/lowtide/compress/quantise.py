@@ -242,7 +242,8 @@ def _encode(fit: _Fit) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
         w = fit.w[part] * ~outlier
         q = _grid(fit.w[part] / scale, slices)
         # the two codes next to zero in turn: at level 1 they read as -1/2 and +1/2 and cancel over a row
-        zero = (middle - (parity + torch.arange(w.shape[0])[:, None]) % 2).float()
+        rows = torch.arange(part.start, part.stop)[:, None]
+        zero = (middle - (parity + rows) % 2).float()
         q = torch.where(outlier, zero, q)
         digits[part] = q.to(torch.uint8)
         fisher = fit.fisher[part]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowtide.rules.arrays import Array, like
-from lowtide.rules.base import GroupStats, Rule, count_above, finish, quantiles
+from lowtide.rules.arrays import Array, astype, like, namespace
+from lowtide.rules.base import GroupStats, Rule, finish, quantiles
 from lowtide.rules.channel_norm import ChannelNorm
 
 
@@ -30,7 +30,14 @@ class StatisticalTopK(Rule):
 
     def levels(self, stats: GroupStats, x: Array, params: Array, gate: Array | None = None) -> Array:
         """Levels int32 [..., in] for x f32 [..., in]; params f32 [S]: z-scores."""
-        return finish(stats, count_above(self.score(stats, x), params))
+        raw = ChannelNorm().score(stats, x)
+        exact = astype(raw, "float64")  # the threshold is one number for all channels: it may cost a little
+        mean = exact.mean(-1)[..., None]
+        spread = ((exact * exact).mean(-1)[..., None] - mean * mean).clip(0) ** 0.5
+        level = astype(namespace(x).zeros_like(raw), "int32")
+        for z in params:
+            level = level + astype(raw > astype(mean + astype(z, "float64") * spread, "float32"), "int32")
+        return finish(stats, level)
 
     def shift(self, params: Array, offset: float) -> Array:
         """z-scores rise by the offset."""

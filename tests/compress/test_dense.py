@@ -1,0 +1,128 @@
+"""The dense decoder against a second, naive one, and decoding with a cache against decoding without."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lowtide.arch import GROUPS
+from lowtide.compress import dense
+from lowtide.compress.dense import DenseModel, KVCache, decoder_block, rope_tables
+from lowtide.errors import LowtideError
+
+
+def naive_logits(config, tensors, ids):
+    """One sequence in float64, position by position, head by head."""
+    t = {name: value.astype(np.float64) for name, value in tensors.items()}
+    norm = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_eps) * w
+    d = config.head_dim
+    states = t["model.embed_tokens.weight"][ids]
+    for n in range(config.num_layers):
+        p = f"model.layers.{n}."
+        linear = lambda name, x: x @ t[p + name + ".weight"].T + t.get(p + name + ".bias", 0.0)
+        h = norm(states, t[p + "input_layernorm.weight"])
+        q, k, v = (linear(m, h) for m in GROUPS["qkv"])
+        mixed = np.zeros((len(ids), config.num_heads * d))
+        for head in range(config.num_heads):
+            kv = head // (config.num_heads // config.num_kv_heads)
+            for i in range(len(ids)):
+                rotated = rotate(q[i, head * d : (head + 1) * d], i, config)
+                keys = np.stack([rotate(k[j, kv * d : (kv + 1) * d], j, config) for j in range(i + 1)])
+                score = keys @ rotated / np.sqrt(d)
+                share = np.exp(score - score.max())
+                mixed[i, head * d : (head + 1) * d] = share / share.sum() @ v[: i + 1, kv * d : (kv + 1) * d]
+        states = states + linear("self_attn.o_proj", mixed)
+        h = norm(states, t[p + "post_attention_layernorm.weight"])
+        gate = linear("mlp.gate_proj", h)
+        states = states + linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", h))
+    head = t["model.embed_tokens.weight"] if config.tied else t["lm_head.weight"]
+    return norm(states, t["model.norm.weight"]) @ head.T
+
+
+def rotate(x, position, config):
+    out = np.empty_like(x)
+    half = len(x) // 2
+    for i in range(half):
+        angle = position * config.rope_theta ** (-2 * i / len(x))
+        out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+        out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": False, "qkv_bias": True, "kv_heads": 1}], ids=["llama", "qwen2"])
+def test_logits_equal_a_naive_decoder(small_model, options):
+    model = small_model(**options)
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 9)
+    ours = DenseModel(model.source()).logits(torch.from_numpy(ids)[None])[0].numpy()
+    np.testing.assert_allclose(ours, naive_logits(model.config, model.tensors, ids), atol=2e-5)
+
+
+def test_a_model_over_the_cache_limit_gives_the_same_logits(small_model):
+    source = small_model().source()
+    ids = torch.arange(12).view(2, 6)
+    streamed = DenseModel(source, cache_bytes=0)
+    assert not streamed.fits_cache
+    assert torch.equal(streamed.logits(ids), DenseModel(source).logits(ids))
+    assert streamed._blocks == {}
+
+
+def test_cached_decoding_equals_the_whole_window(small_model):
+    model = DenseModel(small_model().source())
+    config, block = model.config, model.block(0)
+    norms = (block.input_norm, block.post_norm)
+    x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole = decoder_block(config, norms, x, block.apply, rope_tables(config, 0, 7))
+    empty = torch.zeros(2, config.num_kv_heads, 7, config.head_dim)
+    cache = KVCache(empty.clone(), empty.clone())
+    for i in range(7):
+        part = decoder_block(config, norms, x[:, i : i + 1], block.apply, rope_tables(config, i, 1), cache)
+        assert torch.allclose(part[:, 0], whole[:, i], atol=1e-5)
+
+
+def test_sampled_text_follows_the_models_distribution(small_model):
+    model = DenseModel(small_model(layers=1, vocab=100).source())
+    model.embedding.mul_(3)  # tied: a sharper distribution
+    ids = model.sample(600, 2, seed=3)
+    assert torch.equal(ids[:, 0], torch.full((600,), model.start_token()))
+    p = torch.softmax(model.logits(ids[:1, :1])[0, 0], -1)
+    counts = torch.bincount(ids[:, 1], minlength=100)
+    likely = p > 0.02
+    assert likely.sum() >= 3
+    spread = (600 * p * (1 - p)).sqrt()
+    assert ((counts - 600 * p).abs()[likely] < 5 * spread[likely]).all()
+
+
+def test_sampling_depends_on_the_seed_alone(small_model):
+    model = DenseModel(small_model().source())
+    assert torch.equal(model.sample(2, 8, seed=1), model.sample(2, 8, seed=1))
+    assert not torch.equal(model.sample(2, 8, seed=1), model.sample(2, 8, seed=2))
+
+
+def test_start_token_falls_back_to_the_end_of_text(small_model):
+    import dataclasses
+
+    model = DenseModel(small_model().source())
+    assert model.start_token() == model.config.bos_token_id
+    model.source.config = dataclasses.replace(model.config, bos_token_id=None)
+    assert model.start_token() == model.config.eos_token_ids[0]
+
+
+def test_foreign_token_ids_are_refused(small_model):
+    model = DenseModel(small_model().source())
+    with pytest.raises(LowtideError, match="vocabulary of 130"):
+        model.logits(torch.tensor([[130]]))
+
+
+def test_large_models_sample_in_half_precision(small_model, monkeypatch):
+    model = DenseModel(small_model().source(), cache_bytes=0)
+    seen = set()
+    real = dense.decoder_block
+
+    def spy(config, norms, x, *rest):
+        seen.add(x.dtype)
+        return real(config, norms, x, *rest)
+
+    monkeypatch.setattr(dense, "decoder_block", spy)
+    assert model.sample(1, 4, seed=0).shape == (1, 4)
+    assert seen == {torch.bfloat16}
