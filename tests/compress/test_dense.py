@@ -15,14 +15,19 @@ from lowtide.errors import LowtideError
 def naive_logits(config, tensors, ids):
     """One sequence in float64, position by position, head by head."""
     t = {name: value.astype(np.float64) for name, value in tensors.items()}
-    norm = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_eps) * w
+
+    def norm(x, w):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_eps) * w
+
+    def linear(name, x):
+        return x @ t[name + ".weight"].T + t.get(name + ".bias", 0.0)
+
     d = config.head_dim
     states = t["model.embed_tokens.weight"][ids]
     for n in range(config.num_layers):
         p = f"model.layers.{n}."
-        linear = lambda name, x: x @ t[p + name + ".weight"].T + t.get(p + name + ".bias", 0.0)
         h = norm(states, t[p + "input_layernorm.weight"])
-        q, k, v = (linear(m, h) for m in GROUPS["qkv"])
+        q, k, v = (linear(p + m, h) for m in GROUPS["qkv"])
         mixed = np.zeros((len(ids), config.num_heads * d))
         for head in range(config.num_heads):
             kv = head // (config.num_heads // config.num_kv_heads)
@@ -32,10 +37,10 @@ def naive_logits(config, tensors, ids):
                 score = keys @ rotated / np.sqrt(d)
                 share = np.exp(score - score.max())
                 mixed[i, head * d : (head + 1) * d] = share / share.sum() @ v[: i + 1, kv * d : (kv + 1) * d]
-        states = states + linear("self_attn.o_proj", mixed)
+        states = states + linear(p + "self_attn.o_proj", mixed)
         h = norm(states, t[p + "post_attention_layernorm.weight"])
-        gate = linear("mlp.gate_proj", h)
-        states = states + linear("mlp.down_proj", gate / (1 + np.exp(-gate)) * linear("mlp.up_proj", h))
+        gate = linear(p + "mlp.gate_proj", h)
+        states = states + linear(p + "mlp.down_proj", gate / (1 + np.exp(-gate)) * linear(p + "mlp.up_proj", h))
     head = t["model.embed_tokens.weight"] if config.tied else t["lm_head.weight"]
     return norm(states, t["model.norm.weight"]) @ head.T
 

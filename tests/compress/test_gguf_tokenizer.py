@@ -126,7 +126,7 @@ def sentencepiece_fields() -> dict:
 
 
 def greedy_merge(text: str, fields: dict) -> list[str]:
-    """SentencePiece's BPE as llama.cpp does it: merge the adjacent pair whose union has the best score, leftmost first."""
+    """SentencePiece's BPE as llama.cpp does it: of all adjacent pairs merge the best scored, leftmost first."""
     score = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:

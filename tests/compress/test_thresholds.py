@@ -118,7 +118,10 @@ def test_a_larger_lambda_reads_less(model):
 def test_find_lambda_saturates_outside_what_can_be_read(model):
     body = [g.curve for g in model[0]]
     policy = parse_policy("channel-norm", S)
-    shares = lambda c, lam: c.share("channel-norm", lambda_cuts(c, policy, lam))
+
+    def shares(c, lam):
+        return c.share("channel-norm", lambda_cuts(c, policy, lam))
+
     assert np.log2(find_lambda(body, shares, 100.0)) == pytest.approx(thresholds.LAMBDA_RANGE[0], abs=0.01)
 
 

@@ -21,6 +21,8 @@ SAMPLE_STRIDE = 4
 """Every fourth token's input is kept to find thresholds."""
 HEAD_CHUNK = 256
 """Positions of logits held at a time."""
+_Seen = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Group -> (inputs [N, in], outputs [1, N, out] whose gradient is kept)."""
 
 
 @dataclass
@@ -111,9 +113,9 @@ def block_pass(
     sums = {group: _Sums() for group in block.weights}
     grad_in = torch.empty_like(states)
     for row in range(states.shape[0]):
-        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        seen: _Seen = {}
 
-        def apply(group: str, x: torch.Tensor, seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = seen) -> torch.Tensor:
+        def apply(group: str, x: torch.Tensor, seen: _Seen = seen) -> torch.Tensor:
             y = block.apply(group, x)
             y.retain_grad()
             seen[group] = (x.detach()[0], y)

@@ -245,4 +245,5 @@ class DenseModel:
 
 def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise LowtideError(f"token {int(ids.max())} is outside the model's vocabulary of {vocab_size}: wrong tokenizer?")
+        worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise LowtideError(f"token {worst} is outside the model's vocabulary of {vocab_size}: wrong tokenizer?")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lowtide.arch import ModelConfig
+from lowtide.arch import LAYER_NORMS, ModelConfig
 from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
 from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
@@ -104,25 +104,31 @@ class MaskedModel:
             def apply(name: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
                 nonlocal read
                 full = f"layers.{index}.{name}"
+                y, levels = self.product(full, x, rule, params[full], gate.pop() if name == "down" else None)
                 group = self.groups[full]
-                activated = gate.pop() if name == "down" else None
-                y, levels = self._product(group, x, rule, params[full], activated)
                 read += 2.0 * float(levels.sum()) * group.out + group.side_bits * ids.numel()
                 if name == "gate_up":
                     gate.append(F.silu(y.chunk(2, -1)[0]))
                 return y
 
             prefix = f"model.layers.{index}."
-            norms = (self.norms[prefix + "input_layernorm.weight"], self.norms[prefix + "post_attention_layernorm.weight"])
-            x = decoder_block(self.config, norms, x, apply, rope)
+            before, after = (self.norms[prefix + name] for name in LAYER_NORMS)
+            x = decoder_block(self.config, (before, after), x, apply, rope)
         x = rms_norm(x, self.norms["model.norm.weight"], self.config.rms_eps)
-        logits, _ = self._product(self.groups["head"], x, rule, params["head"], None)
+        logits, _ = self.product("head", x, rule, params["head"], None)
         weights = sum(g.out * g.planes.shape[2] for n, g in self.groups.items() if n not in ("head", "embed"))
         return logits, read / weights / ids.numel()
 
-    def _product(
-        self, group: _Group, x: torch.Tensor, rule: Rule, params: np.ndarray, gate: torch.Tensor | None  # type: ignore[type-arg]
+    def product(
+        self,
+        name: str,
+        x: torch.Tensor,
+        rule: Rule,
+        params: np.ndarray,  # type: ignore[type-arg]
+        gate: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One group's layers: x f32 [..., in] -> (y f32 [..., out], levels i32 [..., in])."""
+        group = self.groups[name]
         levels = rule.levels(group.stats, x, torch.from_numpy(np.array(params)), gate)
         a = x - group.stats.mean
         gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]

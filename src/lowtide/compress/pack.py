@@ -133,12 +133,10 @@ class WorkFolder:
         """A finished group, thresholds still missing."""
         arrays = self._arrays(spec)
         own = {f: arrays[f"lowtide.{spec.name}.{f}"] for f in GROUP_FIELDS if f != "thresholds"}
-        linears = [
-            LinearTensors(
-                name=linear.name, out_features=linear.out_features, **{f: arrays[f"{linear.name}.{f}"] for f in LINEAR_FIELDS}
-            )
-            for linear in spec.linears
-        ]
+        linears = []
+        for linear in spec.linears:
+            fields = {f: arrays[f"{linear.name}.{f}"] for f in LINEAR_FIELDS}
+            linears.append(LinearTensors(name=linear.name, out_features=linear.out_features, **fields))
         empty = np.zeros((0, 0, slices), np.float32)
         return GroupTensors(
             name=spec.name, in_features=spec.in_features, slices=slices, thresholds=empty, linears=linears, **own

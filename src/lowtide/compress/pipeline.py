@@ -157,12 +157,13 @@ class _Job:
         """Find the thresholds and write the artifact."""
         curves = [self.work.load_curve(spec) for spec in self.specs.values() if spec.has_thresholds]
         budgets, thresholds = threshold_tables(curves[:-1], curves[-1], policies)
-        stats = {
+        weights = sum(spec.weights for spec in self.specs.values())
+        stats: dict[str, Any] = {
             "source": self.source.name,
             "calibration": self.calibration,
             "calibration_tokens": self.ids.numel(),
             "seed": self.seed,
-            "weights": sum(spec.weights for spec in self.specs.values()),
+            "weights": weights,
             "body_weights": sum(c.weights for c in curves[:-1]),
         }
         with ArtifactWriter(target, force=force) as writer:
@@ -177,11 +178,16 @@ class _Job:
             for name, data in files.items():
                 writer.add_file(name, data)
             writer.finish(
-                config=self.config, slices=self.slices, budgets=budgets, policies=policies, model_id=self.model_id, stats=stats
+                config=self.config,
+                slices=self.slices,
+                budgets=budgets,
+                policies=policies,
+                model_id=self.model_id,
+                stats=stats,
             )
         size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
         figures = {"out": os.fspath(target), "bits_max": 2 * self.slices, "budgets": budgets, "policies": policies}
-        return stats | figures | {"file_bytes": size, "file_bits_per_weight": round(8 * size / stats["weights"], 3)}
+        return stats | figures | {"file_bytes": size, "file_bits_per_weight": round(8 * size / weights, 3)}
 
 
 def _uniform_stats(spec: GroupSpec) -> GroupStats:

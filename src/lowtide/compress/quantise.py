@@ -109,7 +109,8 @@ def quantise_group(
         w = weight.clone()
         w[:, exact] = 0
         energy[exact] = 0
-    fit = _Fit(w, fisher, energy, options, torch.ones(w.shape[0]), torch.ones(w.shape[1]), torch.zeros(w.shape, dtype=torch.bool))
+    none = torch.zeros(w.shape, dtype=torch.bool)
+    fit = _Fit(w, fisher, energy, options, torch.ones(w.shape[0]), torch.ones(w.shape[1]), none)
     _fit_scales(fit)
     _search_rows(fit)
     _round_scales(fit)

@@ -139,7 +139,9 @@ def find_lambda(body: list[GroupCurve], shares: Callable[[GroupCurve, float], F6
     return float(2.0**high)
 
 
-def threshold_tables(body: list[GroupCurve], head: GroupCurve, policies: list[str]) -> tuple[list[float], dict[str, F32]]:
+def threshold_tables(
+    body: list[GroupCurve], head: GroupCurve, policies: list[str]
+) -> tuple[list[float], dict[str, F32]]:
     """Params of all policies: the budget grid and, per group name, f32 [P, B, S]."""
     curves = [*body, head]
     grid = budget_grid(body)
@@ -189,7 +191,7 @@ def _graded(policy: Policy, curve: GroupCurve) -> Policy:
 
 
 def _at_shares(curve: GroupCurve, policy: Policy, shares: F64) -> F32:
-    """Params f32 [S] with which the policy's rule reads the given shares (f64 [S], descending) of a group's channels."""
+    """Params f32 [S] with which the policy's rule reads the given shares of a group's channels, f64 [S] descending."""
     rule = policy.rule.name
     if rule == "topk":
         return np.rint(shares * curve.in_features).astype(np.float32)
@@ -207,7 +209,7 @@ def _gate_row(body: list[GroupCurve], head: GroupCurve, policy: Policy, budget: 
     def fixed(curve: GroupCurve, lam: float) -> F64:
         read = curve.rms_score() > lambda_cuts(curve, policy, lam)
         read[: max(policy.levels[0], policy.levels[1])] = True
-        return read * curve.readable
+        return np.asarray(read * curve.readable, np.float64)
 
     def gated(curve: GroupCurve, lam: float) -> F64:
         return policy.shares(curve.share(NORM, lambda_cuts(curve, _graded(policy, curve), lam)))

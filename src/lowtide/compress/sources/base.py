@@ -64,5 +64,5 @@ def weights_fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
     for name in tensor_names(source.config):
         digest.update(name.encode() + b"\0")
-        digest.update(memoryview(source.stored(name)))
+        digest.update(source.stored(name).data)
     return digest.hexdigest()

@@ -14,9 +14,7 @@ from lowtide.compress.sources.base import expected_shapes, weights_fingerprint
 from lowtide.compress.sources.gguf_tokenizer import tokenizer_files
 from lowtide.errors import LowtideError
 
-SUPPORTED_TYPES = frozenset(
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
-)
+SUPPORTED_TYPES = frozenset("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split())
 IGNORED_TENSORS = frozenset({"rope_freqs.weight"})
 """Tensors that say nothing new when the config has no RoPE scaling; refused when they are not all ones."""
 
@@ -86,8 +84,8 @@ class GGUFSource:
     def _check_types(self) -> None:
         for name, tensor in self._tensors.items():
             if tensor.tensor_type.name not in SUPPORTED_TYPES:
-                known = ", ".join(sorted(SUPPORTED_TYPES))
-                raise LowtideError(f"{self.path}: tensor {name} has unsupported type {tensor.tensor_type.name}; known: {known}")
+                kind, known = tensor.tensor_type.name, ", ".join(sorted(SUPPORTED_TYPES))
+                raise LowtideError(f"{self.path}: tensor {name} has unsupported type {kind}; known: {known}")
 
     def _check_tensors(self) -> None:
         shapes = expected_shapes(self.config)
@@ -157,4 +155,4 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise
     except Exception as error:  # the reader lets whatever a damaged file provokes through
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LowtideError(f"{path}: not a readable GGUF file ({reason}); is it of an unsupported type or cut short?") from None
+        raise LowtideError(f"{path}: not a readable GGUF file ({reason}); of an unknown type or cut short?") from None

@@ -24,7 +24,8 @@ def download(repo: str) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise LowtideError(f"{repo}: fetching from the hub needs huggingface_hub; pip install 'lowtide[compress]'") from None
+        advice = "needs huggingface_hub; pip install 'lowtide[compress]'"
+        raise LowtideError(f"{repo}: no such folder here, and fetching it from the hub {advice}") from None
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(HUB_PATTERNS)))
     except Exception as error:  # the hub client raises dozens of kinds, all mean that the model is not to be had
@@ -70,7 +71,8 @@ class HuggingFaceSource:
             with _open(self._files[name]) as tensors:
                 there = tuple(tensors.get_slice(name).get_shape())
             if there != shape:
-                raise LowtideError(f"{self._files[name]}: tensor {name} has shape {list(there)}, config.json says {list(shape)}")
+                file = self._files[name]
+                raise LowtideError(f"{file}: tensor {name} has shape {list(there)}, config.json says {list(shape)}")
 
     def has(self, tensor: str) -> bool:
         """Whether the folder has that tensor."""
@@ -80,7 +82,8 @@ class HuggingFaceSource:
         """The tensor as float32."""
         value = self._raw(name)
         if not value.is_floating_point():
-            raise LowtideError(f"{self._files[name]}: tensor {name} has type {value.dtype}; lowtide needs float weights")
+            file = self._files[name]
+            raise LowtideError(f"{file}: tensor {name} has type {value.dtype}; lowtide needs float weights")
         value = value.float()
         if not torch.isfinite(value).all():
             raise LowtideError(f"{self._files[name]}: tensor {name} holds NaN or infinity; the model is damaged")

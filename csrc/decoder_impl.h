@@ -1,0 +1,134 @@
+// The decoder around its linear layers: norms, rotary embedding, attention, activation, embedding rows.
+// Included by kernels_impl.h only.
+#pragma once
+#include <cmath>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace LT_NS {
+
+using lowtide::padded_head;
+using lowtide::Tiling;
+
+static void rmsnorm(const float *x, const float *gain, int64_t n, float eps, float *y) {
+  f32x16 squares{};
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 v = load_part(x + i, n - i);
+    squares = squares + v * v;
+  }
+  const float scale = 1.0f / std::sqrt(sum_lanes(squares) / (float)n + eps);
+  for (int64_t i = 0; i < n; i += 16)
+    store_part(y + i, load_part(x + i, n - i) * scale * load_part(gain + i, n - i), n - i);
+}
+
+static void swiglu(const float *gate, const float *up, int64_t n, float *y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 v = load_part(gate + i, n - i);
+    store_part(y + i, v / (1.0f + exponential(-v)) * load_part(up + i, n - i), n - i);
+  }
+}
+
+static void rope(float *head, const float *cosine, const float *sine, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t n = half - i;
+    const f32x16 lo = load_part(head + i, n), hi = load_part(head + half + i, n);
+    const f32x16 c = load_part(cosine + i, n), s = load_part(sine + i, n);
+    store_part(head + i, lo * c - hi * s, n);
+    store_part(head + half + i, hi * c + lo * s, n);
+  }
+}
+
+static void store_kv(const float *k, const float *v, int64_t head_dim, int64_t position, uint16_t *keys,
+                     uint16_t *values) {
+  uint16_t *block = keys + position / 16 * 16 * head_dim + position % 16;
+  uint16_t *row = values + position * padded_head(head_dim);
+  for (int64_t d = 0; d < head_dim; ++d) {
+    block[d * 16] = float_to_half(k[d]);
+    row[d] = float_to_half(v[d]);
+  }
+}
+
+// Softmax over n scores in place (scores beyond n, up to a multiple of 16, become 0); returns 1 / sum.
+static float softmax(float *score, int64_t n) {
+  for (int64_t i = n; i % 16; ++i) score[i] = -1e30f;
+  f32x16 top = splat(-1e30f), total{};
+  for (int64_t i = 0; i < n; i += 16) top = maximum(top, load(score + i));
+  const f32x16 m = splat(max_lanes(top));
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 e = exponential(load(score + i) - m);
+    store(score + i, e);
+    total = total + e;
+  }
+  for (int64_t i = n; i % 16; ++i) {
+    total[i % 16] = total[i % 16] - score[i];
+    score[i] = 0;
+  }
+  return 1.0f / sum_lanes(total);
+}
+
+template <int kGroup>
+static void attend(const float *queries, int64_t head_dim, const uint16_t *keys, const uint16_t *values, int64_t n,
+                   float *scratch, float *out) {
+  const int64_t stride = (n + 15) / 16 * 16, row = padded_head(head_dim);
+  const float scale = 1.0f / std::sqrt((float)head_dim);
+  for (int64_t t = 0; t < n; t += 16) {
+    f32x16 acc[kGroup] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const f32x16 k = load_half(keys + t * head_dim + d * 16);
+      for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + k * queries[g * head_dim + d];
+    }
+    for (int g = 0; g < kGroup; ++g) store(scratch + g * stride + t, acc[g] * scale);
+  }
+  float inverse[kGroup];
+  for (int g = 0; g < kGroup; ++g) inverse[g] = softmax(scratch + g * stride, n);
+  for (int64_t d = 0; d < head_dim; d += 16) {
+    f32x16 acc[kGroup] = {};
+    for (int64_t t = 0; t < n; ++t) {
+      const f32x16 v = load_half(values + t * row + d);
+      for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + v * scratch[g * stride + t];
+    }
+    for (int g = 0; g < kGroup; ++g) store_part(out + g * head_dim + d, acc[g] * inverse[g], head_dim - d);
+  }
+}
+
+static void attention(const float *queries, int64_t group, int64_t head_dim, const uint16_t *keys,
+                      const uint16_t *values, int64_t n, float *scratch, float *out) {
+  while (group > 0) {  // heads that share a cache share its loads, up to four at a time
+    const int64_t step = group >= 4 ? 4 : group;
+    switch (step) {
+      case 1: attend<1>(queries, head_dim, keys, values, n, scratch, out); break;
+      case 2: attend<2>(queries, head_dim, keys, values, n, scratch, out); break;
+      case 3: attend<3>(queries, head_dim, keys, values, n, scratch, out); break;
+      default: attend<4>(queries, head_dim, keys, values, n, scratch, out);
+    }
+    queries += step * head_dim;
+    out += step * head_dim;
+    group -= step;
+  }
+}
+
+static void embed(const lt_group &g, const lt_linear &l, int64_t row, float *y) {
+  const Tiling t(l.out);
+  const int64_t index = row < t.wide * 256 ? row / 256 : t.wide + (row - t.wide * 256) / 64;
+  const int64_t bytes = t.width(index) / 4, inside = row - t.first(index), run = t.run_bytes(), plane = run * g.in;
+  const uint8_t *base = l.weight + t.byte_offset(index) + inside % bytes;
+  const int shift = (int)(inside / bytes) * 2;
+  const int64_t middle = (((int64_t)1 << (2 * g.slices)) - 1);
+  const float unit = std::ldexp(1.0f, -2 * (int)(g.slices - 1)) * 0.5f, r = half_to_float(l.row_scale[row]);
+  for (int64_t j = 0; j < g.in; ++j) {
+    int64_t code = 0;
+    for (int64_t s = 0; s < g.slices; ++s) code = code * 4 + ((base[s * plane + j * run] >> shift) & 3);
+    y[j] = (float)(2 * code - middle) * unit * half_to_float(g.col_scale[j]) * r;
+  }
+  int64_t column = 0;
+  for (int64_t e = l.outlier_ptr[index]; e < l.outlier_ptr[index + 1]; ++e) {
+    column += l.outlier_gap[e];
+    // A filler carries no weight: its value is 0, and a real outlier never is.
+    if (l.outlier_row[e] == inside && l.outlier_value[e] & 0x7fff) y[column] = half_to_float(l.outlier_value[e]);
+  }
+  for (int64_t e = 0; e < g.exact_count; ++e) y[g.exact_channels[e]] = half_to_float(l.exact[e * l.out + row]);
+}
+
+}  // namespace LT_NS

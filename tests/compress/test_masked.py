@@ -1,0 +1,85 @@
+"""The whole-window masked model against the reference engine, which decodes token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import ODD, make_artifact
+
+from lowtide.arch import norm_specs
+from lowtide.compress.masked import MaskedModel
+from lowtide.format.codec import digit_planes
+from lowtide.format.reader import open_artifact
+from lowtide.kernels import reference_ops as ops
+from lowtide.kernels.reference import ReferenceEngine
+from lowtide.kernels.types import PolicyParams
+from lowtide.rules import GroupStats, get_rule
+
+POLICIES = ("channel-norm", "channel-abs", "topk", "statistical-topk", "gate")
+
+
+def masked_model(artifact, **options) -> MaskedModel:
+    norms = {name: artifact.tensor(name) for name, _ in norm_specs(artifact.config)}
+    return MaskedModel(artifact.config, artifact.groups, norms, **options)
+
+
+def params(artifact, policy: str, budget: int) -> dict[str, np.ndarray]:
+    index = artifact.manifest.policies.index(policy)
+    return {name: g.thresholds[index, budget] for name, g in artifact.groups.items() if name != "embed"}
+
+
+@pytest.mark.parametrize("options", [{}, {"base": ODD}, {"slices": 2, "qkv_bias": True, "tied": False}])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_group_equals_the_reference_kernel(tmp_path, options, policy):
+    artifact = open_artifact(make_artifact(tmp_path / "tiny", policies=POLICIES, **options))
+    masked, rule, chosen = masked_model(artifact), get_rule(policy), params(artifact, policy, 1)
+    rng = np.random.default_rng(0)
+    for name, params_ in chosen.items():
+        group = artifact.groups[name]
+        x = rng.normal(0, 1, (5, group.in_features)).astype(np.float32)
+        gate = rng.normal(0, 1, x.shape).astype(np.float32) if name.endswith("down") else None
+        levels = rule.levels(GroupStats.of(group), x, params_, gate)
+        expected = []
+        for linear in group.linears:
+            planes = ops.channel_planes(digit_planes(linear.weight, linear.out_features, group.in_features))
+            expected.append(ops.graded_linear(group, linear, planes, x, levels))
+        gate_ = None if gate is None else torch.from_numpy(gate)
+        y, ours = masked.product(name, torch.from_numpy(x), rule, params_, gate_)
+        assert np.array_equal(ours.numpy(), levels)
+        np.testing.assert_allclose(y.numpy(), np.concatenate(expected, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"base": ODD}, {"slices": 2, "qkv_bias": True, "tied": False}])
+def test_whole_model_agrees_with_the_reference_engine(tmp_path, options):
+    """Only as distributions: the float16 KV cache moves inputs, and rounding to int8 makes steps of that."""
+    artifact = open_artifact(make_artifact(tmp_path / "tiny", **options))
+    ids = [1, 5, 9, 60, 3, 77]
+    chosen = params(artifact, "channel-norm", 1)
+    logits, bits = masked_model(artifact).logits(torch.tensor([ids]), get_rule("channel-norm"), chosen)
+    policy = PolicyParams("channel-norm", np.stack([chosen[n] for n in artifact.groups if n != "embed"]))
+    expected, stats = ReferenceEngine(artifact).decode_many(ids, 0, policy)
+    p, q = (torch.log_softmax(t, -1) for t in (torch.from_numpy(expected), logits[0]))
+    assert float((p.exp() * (p - q)).sum(-1).max()) < 0.01
+    weights = sum(g.weights() for n, g in artifact.groups.items() if n not in ("head", "embed"))
+    assert bits == pytest.approx(np.mean([s.body_bits for s in stats]) / weights, rel=5e-3)
+
+
+def test_coefficients_in_float32_are_nearer_to_the_dense_product(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "tiny"))
+    ids = torch.tensor([[1, 5, 9, 60]])
+    everything = {n: np.zeros(3, np.float32) for n in artifact.groups}
+    exact = masked_model(artifact, quantise_coefficients=False).logits(ids, get_rule("dense"), everything)[0]
+    rounded = masked_model(artifact).logits(ids, get_rule("dense"), everything)[0]
+    difference = (exact - rounded).abs().max()
+    assert 0 < difference < 0.3
+
+
+def test_windows_are_independent(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "tiny"))
+    model, rule, chosen = masked_model(artifact), get_rule("channel-norm"), params(artifact, "channel-norm", 0)
+    pair = torch.tensor([[1, 5, 9], [7, 8, 2]])
+    both, bits = model.logits(pair, rule, chosen)
+    singles = [model.logits(row[None], rule, chosen) for row in pair]
+    assert torch.allclose(both, torch.cat([s[0] for s in singles]), atol=1e-5)
+    assert bits == pytest.approx(np.mean([s[1] for s in singles]))
