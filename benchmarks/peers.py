@@ -20,28 +20,32 @@ from lowtide.errors import LowtideError
 WORKER = Path(__file__).with_name("worker.py")
 
 
+def environment_of(python: str | None) -> dict[str, str] | None:
+    """Environment for an interpreter: PYTHONPATH goes along only to this same one, another has its own packages."""
+    return None if python is None else {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 class Worker:
     """A running `worker.py`; calling it sends a request and waits for the reply.
 
     Args:
         kind: "llama" or "lowtide".
         python: the interpreter that has the engine's package; this one by default.
+        script: another worker that speaks the same protocol.
 
     Raises (also from calls):
         LowtideError: the worker died or reports an error.
     """
 
-    def __init__(self, kind: str, python: str | None = None) -> None:
+    def __init__(self, kind: str, python: str | None = None, script: Path = WORKER) -> None:
         self.kind = kind
-        # PYTHONPATH goes along only to this same interpreter: another one has its own packages
-        environment = None if python is None else {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self._process = subprocess.Popen(
-            [python or sys.executable, str(WORKER), kind],
+            [python or sys.executable, str(script), kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if kind == "llama" else None,  # llama.cpp talks a lot
             text=True,
-            env=environment,
+            env=environment_of(python),
         )
 
     def __call__(self, do: str, **request: Any) -> dict[str, Any]:

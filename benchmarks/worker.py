@@ -124,8 +124,9 @@ class Lowtide:
         }
 
 
-def main() -> int:
-    engine = {"llama": Llama, "lowtide": Lowtide}[sys.argv[1]]()
+def main(kinds: dict[str, type] | None = None) -> int:
+    """Serves requests to the engine that argv names."""
+    engine = (kinds or {"llama": Llama, "lowtide": Lowtide})[sys.argv[1]]()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not mix with the replies
     for line in sys.stdin:

@@ -1,6 +1,8 @@
 // The decoder: state, the step for one token, and prefill.
 #pragma once
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -23,6 +25,16 @@ struct AlignedPanel {
   float *data() { return values; }
 };
 
+// Zeroed memory that takes up room only where it is written to: a short text in a long context stays small.
+struct Cache {
+  std::unique_ptr<uint16_t, void (*)(void *)> memory{nullptr, std::free};
+  void resize(size_t n) {
+    memory.reset((uint16_t *)std::calloc(n, sizeof(uint16_t)));
+    if (!memory) throw std::bad_alloc();
+  }
+  uint16_t *data() { return memory.get(); }
+};
+
 // What one thread needs for itself.
 struct Worker {
   Selection selection;
@@ -31,7 +43,8 @@ struct Worker {
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
   std::vector<float> scratch;    // attention scores
   AlignedPanel panel;            // prefill: unpacked weights
-  std::vector<float> block;      // prefill: one tile part of the output
+  std::vector<float> block;        // prefill: one tile of the output
+  std::vector<float> corrections;  // prefill: what its outliers add
 };
 
 class Engine {
@@ -75,11 +88,11 @@ class Engine {
   Pool pool_;
   std::vector<Worker> workers_;
   int64_t key_stride_, value_stride_;
-  std::vector<uint16_t> keys_, values_;
+  Cache keys_, values_;
   std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
   std::vector<int64_t> bits_;                       // per group, of the token in progress
   // Prefill buffers, [chunk, ...]
-  std::vector<float> px_, pnormed_, pcentred_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
+  std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
   std::vector<int8_t> pquantised_;
   std::vector<int32_t> psum_;
 };
@@ -90,7 +103,7 @@ struct Share {
 };
 Share share_of(const lt_group &g, int tid, int threads);
 
-constexpr int64_t kChunk = 96;  // prefill: tokens per pass over the weights
+constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a multiple of 16
 inline int64_t blocks_of(int64_t in) { return (in + kDepth - 1) / kDepth; }
 
 }  // namespace lowtide

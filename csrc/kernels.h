@@ -72,8 +72,12 @@ struct Kernels {
   // sum have the stride `blocks` and q the stride blocks * kDepth.
   void (*multiply)(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m, int32_t middle,
                    const void *panel, float *y);
-  // Prefill: row scale, bias, outliers and exact channels for one token's tile part; centred input a.
-  void (*finish)(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y);
+  // Prefill: y [rows, stride] += the tile's outliers times a [in, stride], n tokens side by side.
+  void (*outliers)(const lt_linear &l, int64_t tile, const float *a, int64_t n, int64_t stride, float *y);
+  // Prefill: row scale, bias, outliers and exact channels for one token's tile; centred input a [in]. Its outliers are
+  // corrections[row * stride].
+  void (*finish)(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, const float *corrections,
+                 int64_t stride, float *y);
   float (*sum)(const void *p, int64_t bytes);  // reads every line once
 };
 

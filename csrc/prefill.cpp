@@ -14,6 +14,8 @@ void Engine::centre(int tid, const lt_group &g, const float *x, int64_t n) {
   for (int64_t i = begin; i < end; ++i)
     k_.quantise(g, x + i * g.in, pcentred_.data() + i * g.in, pquantised_.data() + i * blocks * kDepth,
                 pscale_.data() + i * blocks, psum_.data() + i * blocks);
+  for (int64_t j = 0; j < g.in; ++j)  // tokens side by side, for the outliers
+    for (int64_t i = begin; i < end; ++i) pacross_[(size_t)(j * kChunk + i)] = pcentred_[(size_t)(i * g.in + j)];
   pool_.barrier();
 }
 
@@ -45,11 +47,13 @@ void Engine::dense(int tid, int64_t group, const float *x, int64_t n, float *con
       if (index < share.begin || index >= share.end) continue;
       const int64_t width = t.width(k);
       dense_tile(w, g, l, k, n);
+      std::fill(w.corrections.begin(), w.corrections.begin() + t.rows(k) * kChunk, 0.0f);
+      k_.outliers(l, k, pacross_.data(), n, kChunk, w.corrections.data());
       alignas(64) float row[256];
       for (int64_t r = 0; r < n; ++r) {
         for (int64_t part = 0; part < width; part += 64)
           for (int64_t c = 0; c < 64; ++c) row[part + c] = w.block[(size_t)(part * n + r * 64 + c)] * unit;
-        k_.finish(g, l, k, pcentred_.data() + r * g.in, row);
+        k_.finish(g, l, k, pcentred_.data() + r * g.in, w.corrections.data() + r, kChunk, row);
         float *to = y[i] + r * l.out + t.first(k);
         if (accumulate) {
           k_.add(row, t.rows(k), to);
@@ -129,7 +133,11 @@ void Engine::prefill(const int32_t *tokens, int64_t n, int64_t position, bool al
   pquantised_.resize((size_t)(kChunk * blocks_of(max_in) * kDepth));
   pscale_.resize((size_t)(kChunk * blocks_of(max_in)));
   psum_.resize((size_t)(kChunk * blocks_of(max_in)));
-  for (Worker &w : workers_) w.block.resize((size_t)(kChunk * 256));
+  pacross_.resize((size_t)(kChunk * max_in));
+  for (Worker &w : workers_) {
+    w.block.resize((size_t)(kChunk * 256));
+    w.corrections.resize((size_t)(kChunk * 256));
+  }
   pqkv_.resize((size_t)(kChunk * (q_rows + 2 * kv_rows)));
   pattended_.resize((size_t)(kChunk * q_rows));
   pgate_up_.resize((size_t)(kChunk * 2 * m.intermediate));

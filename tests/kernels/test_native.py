@@ -19,7 +19,9 @@ SHAPES = {
     "odd": ODD,
     "one-slice": Tiny(slices=1, hidden=40, intermediate=70, tied=False),
     "four-slices": Tiny(slices=4, exact=0, outliers=0.0, qkv_bias=True),
-    "wide-tiles": Tiny(hidden=320, intermediate=700, layers=1, heads=5, kv_heads=1, head_dim=64, vocab=577, outliers=0.004),
+    "wide-tiles": Tiny(
+        hidden=320, intermediate=700, layers=1, heads=5, kv_heads=1, head_dim=64, vocab=577, outliers=0.004
+    ),
     "many-tiles": Tiny(hidden=20, intermediate=24, layers=1, heads=2, kv_heads=1, head_dim=10, vocab=6500),
     "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
 }
@@ -130,6 +132,13 @@ def test_prefill_in_pieces_and_over_chunk_borders(tmp_path):
     assert_close(whole, ReferenceEngine(artifact).prefill(tokens, 0, True))
     engine.prefill(tokens[:101], 0)
     np.testing.assert_array_equal(engine.prefill(tokens[101:], 101), whole[-1])
+
+
+def test_a_short_prompt_is_decoded_with_every_slice(artifact):
+    tokens, engine = random_tokens(artifact, 5), Engine(artifact)
+    wanted = [engine.decode(int(t), i, policy(artifact, "dense"))[0] for i, t in enumerate(tokens)]
+    np.testing.assert_array_equal(engine.prefill(tokens, 0, all_logits=True), wanted)
+    np.testing.assert_array_equal(engine.prefill(tokens, 0), wanted[-1])
 
 
 def test_decode_goes_on_after_prefill(artifact):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
+from lowtide.format.groups import LINEAR_FIELDS
 from lowtide.kernels.types import DecodeStats, PolicyParams
 
 if TYPE_CHECKING:
@@ -26,16 +27,14 @@ F32 = NDArray[np.float32]
 
 ABI_VERSION = 1
 MAX_SLICES = 4
+SHORT_PROMPT = 12
 RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5}
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("out", _i64)] + [
-        (name, _pointer)
-        for name in ("weight", "row_scale", "bias", "exact", "outlier_ptr", "outlier_row", "outlier_gap", "outlier_value")
-    ]
+    _fields_ = [("out", _i64), *((name, _pointer) for name in LINEAR_FIELDS)]
 
 
 class _Group(ctypes.Structure):
@@ -143,6 +142,7 @@ class Engine:
         self.isa: str = _library().lt_engine_isa(self._handle).decode()
         self._outs = [[linear.out_features for linear in group.linears] for group in artifact.groups.values()]
         self._ins = [group.in_features for group in artifact.groups.values()]
+        self._dense = PolicyParams("dense", np.zeros((4 * config.num_layers + 1, artifact.manifest.slices), np.float32))
 
     def decode(self, token: int, pos: int, policy: PolicyParams, want_logits: bool = True) -> tuple[F32, DecodeStats]:
         """One token at position pos under a policy.
@@ -167,11 +167,17 @@ class Engine:
     def prefill(self, tokens: Sequence[int] | NDArray[np.int32], pos: int, all_logits: bool = False) -> F32:
         """Given tokens from position pos on, all slices read: logits f32 [V] of the last, or [n, V] of all.
 
+        Up to SHORT_PROMPT tokens are decoded one by one: unpacking every weight for so few takes longer.
+
         Raises:
             LowtideError: no tokens, or tokens or positions out of range.
         """
         ids = np.ascontiguousarray(tokens, np.int32)
         self._check(ids, pos)
+        if len(ids) <= SHORT_PROMPT:
+            last = len(ids) - 1
+            rows = [self.decode(int(t), pos + i, self._dense, all_logits or i == last)[0] for i, t in enumerate(ids)]
+            return np.stack(rows) if all_logits else rows[last]
         logits = np.empty((len(ids), self.vocab_size) if all_logits else self.vocab_size, np.float32)
         _library().lt_prefill(self._handle, ids.ctypes.data, len(ids), pos, int(all_logits), logits.ctypes.data)
         return logits
@@ -232,7 +238,8 @@ class Engine:
         table = (_Group * len(groups))()
         for entry, group in zip(table, groups, strict=True):
             self._fill_group(entry, group)
-        names = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(c.num_layers) for kind in ("input", "post_attention")]
+        kinds = ("input", "post_attention")
+        names = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(c.num_layers) for kind in kinds]
         norms = [np.ascontiguousarray(artifact.tensor(name), np.float32) for name in [*names, "model.norm.weight"]]
         pointers = (_pointer * len(norms))(*(n.ctypes.data for n in norms))
         inv_freq = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
@@ -272,5 +279,5 @@ class Engine:
 
     def _fill_linear(self, entry: Any, linear: LinearTensors) -> None:
         entry.out = linear.out_features
-        for name in ("weight", "row_scale", "bias", "exact", "outlier_ptr", "outlier_row", "outlier_gap", "outlier_value"):
+        for name in LINEAR_FIELDS:
             setattr(entry, name, self._pointer_to(getattr(linear, name)))
