@@ -32,7 +32,7 @@ from lowtide.runtime.model import load_tokenizer
 
 F32 = NDArray[np.float32]
 LIMIT = 0.02
-PROMPT = "Once upon a time there was a harbour"
+PROMPT = "Once upon a time there was a harbour where the river met the sea, and twice a day the tide came in."
 COLUMNS = (
     "artifact",
     "bits",
@@ -100,7 +100,7 @@ def measure(
     artifact: Artifact, name: str, budgets: list[float | None], count: int, threads: list[int]
 ) -> list[dict[str, Any]]:
     """All budgets, instruction sets and thread counts of one artifact."""
-    prompt = load_tokenizer(artifact).encode(PROMPT)
+    prompt = load_tokenizer(artifact).encode(PROMPT)[: artifact.config.max_position - count]
     context = len(prompt) + count
     rows = []
     for bits in budgets:

@@ -51,7 +51,7 @@ def versions(**more: str) -> dict[str, str]:
 
 def command() -> str:
     """This process' command line; folders of absolute paths are left out, they say nothing elsewhere."""
-    words = [Path(w).name if os.path.isabs(w) else w for w in sys.argv[1:]]
+    words = [":".join(Path(p).name if os.path.isabs(p) else p for p in w.split(":")) for w in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 

@@ -33,7 +33,8 @@ class Llama(worker.Llama):
     ) -> dict[str, Any]:
         import llama_cpp  # type: ignore[import-not-found]
 
-        self.lib, self.cached = llama_cpp, []
+        self.lib = llama_cpp
+        self.cached: list[int] = []
         self.model = llama_cpp.Llama(
             path,
             n_ctx=context,

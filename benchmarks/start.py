@@ -4,8 +4,8 @@
     python start.py FIGURES.json llama MODEL.gguf THREADS CONTEXT TOKENS FLASH ID...  needs llama-cpp-python
 
 The caller's clock runs from before the process began. FIGURES.json gets what only the process itself knows: the most
-memory it has had resident, and how much of what it has now is its own and how much pages of files. llama.cpp is given
-token ids, so it need not cut the text; lowtide cuts it.
+memory it has had resident, and, when all tokens are written, how much of it is its own and how much pages of files.
+llama.cpp is given token ids, so it need not cut the text; lowtide cuts it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,23 @@ def memory() -> dict[str, int]:
     return {ours: int(lines[theirs].split()[0]) * 1024 for theirs, ours in names.items() if theirs in lines}
 
 
-def lowtide(arguments: list[str]) -> int:
-    """The command line, in this process."""
+def lowtide(arguments: list[str], figures: dict[str, int]) -> int:
+    """The command line, in this process; looks at the memory when the model is about to be closed."""
     from lowtide.cli.app import run
+    from lowtide.runtime.model import Model
 
+    close = Model.close
+
+    def look_and_close(model: Model) -> None:
+        if not figures:
+            figures.update(memory())
+        close(model)
+
+    Model.close = look_and_close  # type: ignore[method-assign]
     return run(arguments)
 
 
-def llama(arguments: list[str]) -> int:
+def llama(arguments: list[str], figures: dict[str, int]) -> int:
     """llama.cpp, greedy."""
     import llama_cpp  # type: ignore[import-not-found]
 
@@ -48,15 +57,17 @@ def llama(arguments: list[str]) -> int:
         sys.stdout.buffer.write(model.detokenize([token]) or b" ")
         sys.stdout.flush()
         model.eval([token])
+    figures.update(memory())
     return 0
 
 
 def main() -> int:
     """Starts, writes the figures, and returns the engine's exit code."""
-    figures, engine, *arguments = sys.argv[1:]
-    code = {"lowtide": lowtide, "llama": llama}[engine](arguments)
-    with open(figures, "w", encoding="ascii") as file:
-        json.dump(memory(), file)
+    path, engine, *arguments = sys.argv[1:]
+    figures: dict[str, int] = {}
+    code = {"lowtide": lowtide, "llama": llama}[engine](arguments, figures)
+    with open(path, "w", encoding="ascii") as file:
+        json.dump(figures, file)
     return code
 
 

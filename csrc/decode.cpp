@@ -136,7 +136,7 @@ void Engine::attend(int tid, int64_t layer, int64_t position) {
   const int64_t begin = model_.heads * tid / pool_.size(), end = model_.heads * (tid + 1) / pool_.size();
   for (int64_t h = begin; h < end;) {
     const int64_t kv = h / per, stop = std::min(end, (kv + 1) * per);
-    k_.attention(qkv_.data() + h * hd, stop - h, hd, keys(layer, kv), values(layer, kv), position + 1,
+    k_.attention(qkv_.data() + h * hd, stop - h, hd, cache(layer, kv), position + 1,
                  workers_[tid].scratch.data(), attended_.data() + h * hd);
     h = stop;
   }
@@ -168,7 +168,7 @@ void Engine::decode_thread(int tid, int64_t token, int64_t position, const lt_po
       k_.rope(q + h * hd, cosine_.data(), sine_.data(), hd);
     for (int64_t h = tid; h < m.kv_heads; h += pool_.size()) {
       k_.rope(k + h * hd, cosine_.data(), sine_.data(), hd);
-      k_.store_kv(k + h * hd, v + h * hd, hd, position, keys(layer, h), values(layer, h));
+      k_.store_kv(k + h * hd, v + h * hd, hd, position, cache(layer, h));
     }
     pool_.barrier();
     attend(tid, layer, position);
@@ -205,7 +205,8 @@ void Engine::decode(int64_t token, int64_t position, const lt_policy &policy, fl
   for (int64_t g = 0; g < head_group(); ++g) stats->body_bits += bits_[g];
   stats->head_bits = bits_[head_group()];
   stats->embed_bits = 2 * e.slices * e.in + 16 * e.in + 16;
-  stats->cache_bytes = model_.layers * model_.kv_heads * (position + 1) * 4 * model_.head_dim;
+  stats->cache_bytes = model_.layers * model_.kv_heads * (position + 1) *
+                       (model_.head_dim * model_.cache_bits / 4 + (model_.cache_bits == 8 ? 8 : 0));
 }
 
 int64_t Engine::group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y) {

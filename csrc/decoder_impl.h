@@ -4,10 +4,12 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "select_impl.h"
 #include "vec.h"
 
 namespace LT_NS {
 
+using lowtide::HeadCache;
 using lowtide::padded_head;
 using lowtide::Tiling;
 
@@ -40,13 +42,35 @@ static void rope(float *head, const float *cosine, const float *sine, int64_t he
   }
 }
 
-static void store_kv(const float *k, const float *v, int64_t head_dim, int64_t position, uint16_t *keys,
-                     uint16_t *values) {
-  uint16_t *block = keys + position / 16 * 16 * head_dim + position % 16;
-  uint16_t *row = values + position * padded_head(head_dim);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    block[d * 16] = float_to_half(k[d]);
-    row[d] = float_to_half(v[d]);
+// The KV cache of one head holds float16 or int8. Keys lie in blocks of 16 positions, [block][head_dim][16], so that 16
+// scores are summed side by side; values in rows, [position][head_dim padded to 16]. int8 rows have a scale each.
+
+static inline f32x16 load_cached(const uint16_t *p) { return load_half(p); }
+static inline f32x16 load_cached(const int8_t *p) {
+  typedef int8_t i8x16 __attribute__((vector_size(16)));
+  i8x16 v;
+  std::memcpy(&v, p, 16);
+  return __builtin_convertvector(v, f32x16);
+}
+
+static inline void cache_row(const float *x, int64_t n, int64_t step, uint16_t *to) {
+  for (int64_t d = 0; d < n; ++d) to[d * step] = float_to_half(x[d]);
+}
+// Returns the scale.
+static inline float cache_row(const float *x, int64_t n, int64_t step, int8_t *to) {
+  const float m = largest(x, n), inv = m > 0 ? 127.0f / m : 0.0f;
+  for (int64_t d = 0; d < n; ++d) to[d * step] = (int8_t)((x[d] * inv + 12582912.0f) - 12582912.0f);
+  return m / 127.0f;
+}
+
+static void store_kv(const float *k, const float *v, int64_t head_dim, int64_t position, const HeadCache &cache) {
+  const int64_t key = position / 16 * 16 * head_dim + position % 16, value = position * padded_head(head_dim);
+  if (cache.key_scale) {
+    cache.key_scale[position] = cache_row(k, head_dim, 16, (int8_t *)cache.keys + key);
+    cache.value_scale[position] = cache_row(v, head_dim, 1, (int8_t *)cache.values + value);
+  } else {
+    cache_row(k, head_dim, 16, (uint16_t *)cache.keys + key);
+    cache_row(v, head_dim, 1, (uint16_t *)cache.values + value);
   }
 }
 
@@ -68,44 +92,61 @@ static float softmax(float *score, int64_t n) {
   return 1.0f / sum_lanes(total);
 }
 
-template <int kGroup>
-static void attend(const float *queries, int64_t head_dim, const uint16_t *keys, const uint16_t *values, int64_t n,
-                   float *scratch, float *out) {
+template <int kGroup, typename Cached>
+static void attend(const float *queries, int64_t head_dim, const HeadCache &cache, int64_t n, float *scratch,
+                   float *out) {
+  const Cached *keys = (const Cached *)cache.keys, *values = (const Cached *)cache.values;
   const int64_t stride = (n + 15) / 16 * 16, row = padded_head(head_dim);
   const float scale = 1.0f / std::sqrt((float)head_dim);
   for (int64_t t = 0; t < n; t += 16) {
     f32x16 acc[kGroup] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
-      const f32x16 k = load_half(keys + t * head_dim + d * 16);
+      const f32x16 k = load_cached(keys + t * head_dim + d * 16);
       for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + k * queries[g * head_dim + d];
     }
-    for (int g = 0; g < kGroup; ++g) store(scratch + g * stride + t, acc[g] * scale);
+    const f32x16 unit = cache.key_scale ? load(cache.key_scale + t) * scale : splat(scale);
+    for (int g = 0; g < kGroup; ++g) store(scratch + g * stride + t, acc[g] * unit);
   }
   float inverse[kGroup];
-  for (int g = 0; g < kGroup; ++g) inverse[g] = softmax(scratch + g * stride, n);
+  for (int g = 0; g < kGroup; ++g) {
+    inverse[g] = softmax(scratch + g * stride, n);
+    if (cache.value_scale)
+      for (int64_t t = 0; t < n; t += 16)
+        store(scratch + g * stride + t, load(scratch + g * stride + t) * load(cache.value_scale + t));
+  }
   for (int64_t d = 0; d < head_dim; d += 16) {
     f32x16 acc[kGroup] = {};
     for (int64_t t = 0; t < n; ++t) {
-      const f32x16 v = load_half(values + t * row + d);
+      const f32x16 v = load_cached(values + t * row + d);
       for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + v * scratch[g * stride + t];
     }
     for (int g = 0; g < kGroup; ++g) store_part(out + g * head_dim + d, acc[g] * inverse[g], head_dim - d);
   }
 }
 
-static void attention(const float *queries, int64_t group, int64_t head_dim, const uint16_t *keys,
-                      const uint16_t *values, int64_t n, float *scratch, float *out) {
-  while (group > 0) {  // heads that share a cache share its loads, up to four at a time
-    const int64_t step = group >= 4 ? 4 : group;
+template <typename Cached>
+static void attend_heads(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
+                         float *scratch, float *out) {
+  while (heads > 0) {  // heads that share a cache share its loads, up to four at a time
+    const int64_t step = heads >= 4 ? 4 : heads;
     switch (step) {
-      case 1: attend<1>(queries, head_dim, keys, values, n, scratch, out); break;
-      case 2: attend<2>(queries, head_dim, keys, values, n, scratch, out); break;
-      case 3: attend<3>(queries, head_dim, keys, values, n, scratch, out); break;
-      default: attend<4>(queries, head_dim, keys, values, n, scratch, out);
+      case 1: attend<1, Cached>(queries, head_dim, cache, n, scratch, out); break;
+      case 2: attend<2, Cached>(queries, head_dim, cache, n, scratch, out); break;
+      case 3: attend<3, Cached>(queries, head_dim, cache, n, scratch, out); break;
+      default: attend<4, Cached>(queries, head_dim, cache, n, scratch, out);
     }
     queries += step * head_dim;
     out += step * head_dim;
-    group -= step;
+    heads -= step;
+  }
+}
+
+static void attention(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
+                      float *scratch, float *out) {
+  if (cache.key_scale) {
+    attend_heads<int8_t>(queries, heads, head_dim, cache, n, scratch, out);
+  } else {
+    attend_heads<uint16_t>(queries, heads, head_dim, cache, n, scratch, out);
   }
 }
 

@@ -7,7 +7,13 @@ namespace lowtide {
 const std::vector<const Kernels *> &available_kernels() {
   static const std::vector<const Kernels *> table = [] {
     std::vector<const Kernels *> found;
-    for (const Kernels *k : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+    for (const Kernels *k : {
+#if defined(__x86_64__)
+             avx512_kernels(), avx2_kernels(),
+#elif defined(__aarch64__)
+             neondot_kernels(), neon_kernels(),
+#endif
+             portable_kernels()})
       if (k) found.push_back(k);
     return found;
   }();

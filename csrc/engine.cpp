@@ -15,10 +15,14 @@ Engine::Engine(const lt_model &model, int threads, const Kernels *kernels)
   norms_.assign(m.norms, m.norms + 2 * m.layers + 1);
   inv_freq_.assign(m.inv_freq, m.inv_freq + m.head_dim / 2);
   model_.groups = groups_.data();
-  key_stride_ = blocks * 16 * m.head_dim;
-  value_stride_ = blocks * 16 * padded_head(m.head_dim);
-  keys_.resize((size_t)(m.layers * m.kv_heads * key_stride_));
-  values_.resize((size_t)(m.layers * m.kv_heads * value_stride_));
+  positions_ = blocks * 16;
+  const size_t rows = (size_t)(m.layers * m.kv_heads * positions_), unit = m.cache_bits / 8;
+  keys_.resize(rows * (size_t)m.head_dim * unit);
+  values_.resize(rows * (size_t)padded_head(m.head_dim) * unit);
+  if (m.cache_bits == 8) {
+    key_scales_.resize(rows * sizeof(float));
+    value_scales_.resize(rows * sizeof(float));
+  }
   bits_.resize((size_t)groups);
   int64_t max_in = 0;
   for (const lt_group &g : groups_) max_in = std::max(max_in, g.in);
@@ -35,6 +39,13 @@ Engine::Engine(const lt_model &model, int threads, const Kernels *kernels)
     w.hidden.resize((size_t)m.intermediate);
     w.scratch.resize((size_t)(4 * blocks * 16));
   }
+}
+
+HeadCache Engine::cache(int64_t layer, int64_t kv_head) {
+  const int64_t row = (layer * model_.kv_heads + kv_head) * positions_, unit = model_.cache_bits / 8;
+  const bool scaled = model_.cache_bits == 8;
+  return {keys_.data() + row * model_.head_dim * unit, values_.data() + row * padded_head(model_.head_dim) * unit,
+          scaled ? (float *)key_scales_.data() + row : nullptr, scaled ? (float *)value_scales_.data() + row : nullptr};
 }
 
 void Engine::set_angles(int64_t position, float *cosine, float *sine) const {

@@ -26,13 +26,13 @@ struct AlignedPanel {
 };
 
 // Zeroed memory that takes up room only where it is written to: a short text in a long context stays small.
-struct Cache {
-  std::unique_ptr<uint16_t, void (*)(void *)> memory{nullptr, std::free};
-  void resize(size_t n) {
-    memory.reset((uint16_t *)std::calloc(n, sizeof(uint16_t)));
+struct ZeroedMemory {
+  std::unique_ptr<char, void (*)(void *)> memory{nullptr, std::free};
+  void resize(size_t bytes) {
+    memory.reset((char *)std::calloc(bytes + 64, 1));
     if (!memory) throw std::bad_alloc();
   }
-  uint16_t *data() { return memory.get(); }
+  char *data() { return memory.get(); }
 };
 
 // What one thread needs for itself.
@@ -75,10 +75,7 @@ class Engine {
   void set_angles(int64_t position, float *cosine, float *sine) const;
   int64_t head_group() const { return model_.layers * 4; }
   const lt_group &embed_group() const { return model_.groups[head_group() + (model_.tied ? 0 : 1)]; }
-  uint16_t *keys(int64_t layer, int64_t kv_head) { return keys_.data() + (layer * model_.kv_heads + kv_head) * key_stride_; }
-  uint16_t *values(int64_t layer, int64_t kv_head) {
-    return values_.data() + (layer * model_.kv_heads + kv_head) * value_stride_;
-  }
+  HeadCache cache(int64_t layer, int64_t kv_head);
 
   lt_model model_;
   std::vector<lt_group> groups_;
@@ -87,8 +84,8 @@ class Engine {
   const Kernels &k_;
   Pool pool_;
   std::vector<Worker> workers_;
-  int64_t key_stride_, value_stride_;
-  Cache keys_, values_;
+  int64_t positions_;                               // of the cache, a multiple of 16
+  ZeroedMemory keys_, values_, key_scales_, value_scales_;
   std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
   std::vector<int64_t> bits_;                       // per group, of the token in progress
   // Prefill buffers, [chunk, ...]

@@ -41,6 +41,12 @@ struct Selection {
   }
 };
 
+// Keys and values of one KV head: float16, or int8 where the scales f32 [positions] are given.
+struct HeadCache {
+  void *keys, *values;
+  float *key_scale, *value_scale;
+};
+
 struct Kernels {
   const char *name;
   // Levels from thresholds[slices] and from `score` (or |x - mean| * importance where score is null).
@@ -55,11 +61,11 @@ struct Kernels {
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*add)(const float *x, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);
-  // queries [group, head_dim] against one KV head's cache of n positions; scratch f32 [group, n rounded up to 16].
-  void (*attention)(const float *queries, int64_t group, int64_t head_dim, const uint16_t *keys,
-                    const uint16_t *values, int64_t n, float *scratch, float *out);
-  void (*store_kv)(const float *k, const float *v, int64_t head_dim, int64_t position, uint16_t *keys,
-                   uint16_t *values);
+  // queries [heads, head_dim] against the cache of the KV head they share, n positions; scratch f32 [4, n rounded up
+  // to 16].
+  void (*attention)(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
+                    float *scratch, float *out);
+  void (*store_kv)(const float *k, const float *v, int64_t head_dim, int64_t position, const HeadCache &cache);
   // One embedding row.
   void (*embed)(const lt_group &g, const lt_linear &l, int64_t row, float *y);
   // Prefill: one token's centred input a [in] becomes int8 values q [in rounded up to kDepth], zero beyond in, with a
@@ -82,8 +88,11 @@ struct Kernels {
 };
 
 const Kernels *portable_kernels();
-const Kernels *avx2_kernels();    // null where the machine cannot run them
+// Null where the machine cannot run them.
+const Kernels *avx2_kernels();     // these two in builds for x86-64 only
 const Kernels *avx512_kernels();
+const Kernels *neon_kernels();     // these two in builds for AArch64 only
+const Kernels *neondot_kernels();
 
 // Tiles of a matrix of `out` rows: 256 wide, then 64 wide (docs/architecture.md).
 struct Tiling {
@@ -96,7 +105,7 @@ struct Tiling {
   int64_t byte_offset(int64_t t) const { return first(t) / 4; }  // of a tile within a run
 };
 
-// KV cache of one head: keys in blocks of 16 positions, [block][head_dim][16]; values [position][head_dim padded to 16].
+// A row of the value cache.
 inline int64_t padded_head(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 }  // namespace lowtide

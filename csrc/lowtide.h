@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 #define LT_MAX_SLICES 4
-#define LT_ABI_VERSION 1
+#define LT_ABI_VERSION 2
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -48,6 +48,7 @@ typedef struct {
   int64_t abi_version;
   int64_t vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_context;
   int64_t tied;
+  int64_t cache_bits;            /* of keys and values: 16 (float16) or 8 (int8 with a scale for each row) */
   double rms_eps;
   const double *inv_freq;        /* [head_dim / 2] */
   const float *const *norms;     /* f32 [hidden] each: layer 0 input, layer 0 post-attention, layer 1 ..., final */

@@ -93,13 +93,13 @@ void Engine::prefill_chunk(int tid, const int32_t *tokens, int64_t n, int64_t po
       for (int64_t h = tid; h < m.kv_heads; h += threads) {
         float *kh = k + i * kv_rows + h * hd;
         k_.rope(kh, c, s, hd);
-        k_.store_kv(kh, v + i * kv_rows + h * hd, hd, position + i, keys(layer, h), values(layer, h));
+        k_.store_kv(kh, v + i * kv_rows + h * hd, hd, position + i, cache(layer, h));
       }
     }
     pool_.barrier();
     for (int64_t i = tid; i < n; i += threads)
       for (int64_t h = 0; h < m.kv_heads; ++h)
-        k_.attention(q + i * q_rows + h * per * hd, per, hd, keys(layer, h), values(layer, h), position + i + 1,
+        k_.attention(q + i * q_rows + h * per * hd, per, hd, cache(layer, h), position + i + 1,
                      workers_[tid].scratch.data(), pattended_.data() + i * q_rows + h * per * hd);
     pool_.barrier();
     float *const residual[1] = {px_.data()};

@@ -55,7 +55,13 @@ typedef float lanes __attribute__((vector_size(32)));
 static inline lanes mul_add(lanes a, lanes b, lanes c) { return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
 typedef float lanes __attribute__((vector_size(16)));
+#if defined(__aarch64__)
+static inline lanes mul_add(lanes a, lanes b, lanes c) {
+  return (lanes)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else
 static inline lanes mul_add(lanes a, lanes b, lanes c) { return a * b + c; }
+#endif
 #endif
 constexpr int kLanes = sizeof(lanes) / 4;
 // Loads and stores anywhere, in one instruction (a memcpy goes through the stack here).

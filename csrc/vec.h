@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace LT_NS {
@@ -30,6 +32,10 @@ static inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
 static inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &h, 2);
+  return half;
 #else
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7fff) << 13;
   // Scaling by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals exactly.
@@ -52,6 +58,11 @@ static inline float half_to_float(uint16_t h) {
 static inline uint16_t float_to_half(float f) {
 #if defined(__F16C__)
   return (uint16_t)_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const __fp16 half = (__fp16)f;
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
 #else
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
@@ -80,6 +91,13 @@ static inline f32x16 load_half(const uint16_t *p) {
   f32x16 v;
   std::memcpy(&v, &lo, 32);
   std::memcpy((char *)&v + 32, &hi, 32);
+  return v;
+#elif defined(__aarch64__)
+  const float16x8_t lo = vreinterpretq_f16_u16(vld1q_u16(p)), hi = vreinterpretq_f16_u16(vld1q_u16(p + 8));
+  const float32x4_t part[4] = {vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo), vcvt_f32_f16(vget_low_f16(hi)),
+                               vcvt_high_f32_f16(hi)};
+  f32x16 v;
+  std::memcpy(&v, part, 64);
   return v;
 #else
   float f[16];

@@ -64,7 +64,7 @@ def test_an_artifact_that_is_close_to_its_model(small_model, tmp_path, options):
     assert losses[0] < 0.01
     assert losses == sorted(losses)
     assert losses[2] < 0.3
-    assert [s for s, done, total in stages if done == total] == ["sample", "quantise", "write"]
+    assert [s for s, done, total in stages if done == total] == ["sample", "forward", "quantise", "write"]
 
 
 def test_norms_and_tokenizer_files_are_taken_over(small_model, tmp_path):

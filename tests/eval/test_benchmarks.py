@@ -118,7 +118,7 @@ def run_quality(load, twins, tmp_path, *more):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     options = ["--artifact", str(path), "--work", str(tmp_path / "work"), "--label", "tiny", "--engine", "reference"]
-    return load("quality").main([str(model), "--text", str(text), "--windows", "2", "--window", "20", *options, *more])
+    return load("quality").main([str(model), "--text", str(text), "--windows", "2", "--window", "12", *options, *more])
 
 
 def test_quality_of_a_tiny_model(load, twins, tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_quality_of_a_tiny_model(load, twins, tmp_path, capsys):
         ("round to nearest, 6 bits, group 64", None),
     ]
     want = evaluate(
-        twins[0], twins[2], tmp_path / "text.txt", 2, 20, [4.5, 5.5, "dense"], engine="reference", progress=False
+        twins[0], twins[2], tmp_path / "text.txt", 2, 12, [4.5, 5.5, "dense"], engine="reference", progress=False
     )
     for point in want["points"]:
         got = rows["lowtide channel-norm", point["bits"]]
@@ -156,7 +156,7 @@ def test_static_rows_hold_the_rounded_models_figures(load, twins, tmp_path, caps
     static = load("static")
     from lowtide.runtime.model import load_tokenizer
 
-    ids = torch.tensor(load_tokenizer(open_artifact(twins[0])).encode(TEXT, special=False)[:40]).view(2, 20)
+    ids = torch.tensor(load_tokenizer(open_artifact(twins[0])).encode(TEXT, special=False)[:24]).view(2, 12)
     dense = torch.log_softmax(DenseModel(twins[2]).logits(ids).double(), -1)
     ours = torch.log_softmax(DenseModel(static.RoundedSource(twins[2], 3)).logits(ids).double(), -1)
     kl = (dense.exp() * (dense - ours)).sum(-1).mean()

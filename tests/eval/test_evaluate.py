@@ -202,6 +202,7 @@ def test_another_tokenizer_is_refused(twins, text):
     [
         ({"bits": [3.0]}, "--bits 3"),
         ({"bits": [9.0]}, "--bits 9"),
+        ({"bits": ["lots"]}, "--bits lots: give a positive number"),
         ({"bits": []}, "at least one budget"),
         ({"policy": "magic"}, "unknown mask rule"),
         ({"policy": "topk"}, "stores no thresholds"),

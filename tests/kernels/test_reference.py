@@ -6,6 +6,7 @@ import pytest
 from lowtide.format import codec
 from lowtide.format.groups import GroupTensors, LinearTensors
 from lowtide.kernels import reference_ops as ops
+from lowtide.kernels.reference_cache import CachedRows
 from lowtide.rules import literal
 
 f32 = np.float32
@@ -301,4 +302,8 @@ def test_attention_equals_torch(heads, kv_heads, start, n):
     want = torch.nn.functional.scaled_dot_product_attention(
         *(torch.from_numpy(t.astype(f32)).transpose(0, 1) for t in (q, k, v)), attn_mask=mask, enable_gqa=True
     ).transpose(0, 1)
-    np.testing.assert_allclose(ops.attention(q, k, v, start), want.numpy(), rtol=1e-4, atol=1e-5)
+    for bits, tolerance in ((16, 1e-5), (8, 0.03)):
+        keys, values = CachedRows(kv_heads, 8, bits), CachedRows(kv_heads, 8, bits)
+        keys.store(0, k.astype(f32))
+        values.store(0, v.astype(f32))
+        np.testing.assert_allclose(ops.attention(q, keys, values, start), want.numpy(), rtol=1e-4, atol=tolerance)

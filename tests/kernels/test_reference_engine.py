@@ -8,6 +8,7 @@ from support.twin import make_twins
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels import reference_ops as ops
+from lowtide.kernels.native import SHORT_PROMPT
 from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
 
@@ -36,7 +37,7 @@ def log_probabilities(logits):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-TOKENS = np.array([1, 50, 7, 99, 23, 23, 64, 12, 5, 88, 31, 2], np.int32)
+TOKENS = np.array([1, 50, 7, 99, 23, 23, 64, 12, 5, 88, 31, 2, 77, 3, 90, 41], np.int32)
 
 
 def unrounded(group, index, x):
@@ -63,10 +64,20 @@ def test_prefill_equals_the_dense_model(twins, monkeypatch):
 
 def test_prefill_in_pieces(twins):
     engine = ReferenceEngine(twins[0])
-    got = engine.prefill(TOKENS, 0, all_logits=True)
-    np.testing.assert_array_equal(engine.prefill(TOKENS, 0), got[-1])
-    engine.prefill(TOKENS[:5], 0)
-    np.testing.assert_array_equal(engine.prefill(TOKENS[5:], 5), got[-1])
+    twice = np.concatenate([TOKENS, TOKENS])
+    got = engine.prefill(twice, 0, all_logits=True)
+    np.testing.assert_array_equal(engine.prefill(twice, 0), got[-1])
+    engine.prefill(twice[:13], 0)
+    np.testing.assert_array_equal(engine.prefill(twice[13:], 13), got[-1])
+
+
+def test_short_prompts_are_decoded(twins):
+    engine = ReferenceEngine(twins[0])
+    want = [engine.decode(int(t), i, policy_of(twins[0], "dense"))[0] for i, t in enumerate(TOKENS[:SHORT_PROMPT])]
+    np.testing.assert_array_equal(engine.prefill(TOKENS[:SHORT_PROMPT], 0, all_logits=True), want)
+    np.testing.assert_array_equal(engine.prefill(TOKENS[:SHORT_PROMPT], 0), want[-1])
+    longer = engine.prefill(TOKENS[: SHORT_PROMPT + 1], 0, all_logits=True)
+    assert np.abs(longer[0] - want[0]).max() > 0
 
 
 def test_a_full_read_decodes_close_to_the_dense_prefill(twins):
@@ -155,8 +166,8 @@ def test_keys_and_values_are_rounded_to_float16(twins):
     artifact, _ = twins
     engine = ReferenceEngine(artifact)
     engine.prefill(TOKENS, 0)
-    assert engine._keys[0].dtype == engine._values[0].dtype == np.float16
-    assert engine._keys[0].shape == (len(TOKENS), artifact.config.num_kv_heads, artifact.config.head_dim)
+    assert engine._keys[0].data.dtype == engine._values[0].data.dtype == np.float16
+    assert engine._keys[0].data.shape == (len(TOKENS), artifact.config.num_kv_heads, artifact.config.head_dim)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,10 @@ class DenseModel:
             self._blocks[index] = block
         return block
 
+    def release(self) -> None:
+        """Forget the embedding and the head; they are read again when next asked for."""
+        self._tensors.clear()
+
     @property
     def embedding(self) -> torch.Tensor:
         """Token embedding, f32 [V, D]."""
@@ -187,12 +191,17 @@ class DenseModel:
         return F.embedding(ids, self.embedding)
 
     @torch.no_grad()
-    def block_inputs(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """What each block reads, and last what the final norm reads: num_layers + 1 tensors f32 [B, N, D]."""
+    def block_inputs(self, ids: torch.Tensor, report: Callable[[int], None] | None = None) -> list[torch.Tensor]:
+        """What each block reads, and last what the final norm reads: num_layers + 1 tensors f32 [B, N, D].
+
+        `report(n)` is called when n blocks are done.
+        """
         rope = rope_tables(self.config, 0, ids.shape[1])
         states = [self.embed(ids)]
         for index in range(self.config.num_layers):
             states.append(self._run_block(self.block(index), states[-1], rope))
+            if report:
+                report(index + 1)
         return states
 
     def _run_block(self, block: Block, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -118,19 +118,20 @@ class _Job:
     def quantise(self) -> None:
         """Forward once, then backward from the head to the first block, coding each group on the way."""
         layers = self.config.num_layers
-        total = layers + 1
         state = self.work.load_arrays("gradient")
         first = layers if state is None else int(state["next"])
         if first < 0:
             return
-        self.progress("forward", 0, total)
-        states = self.model.block_inputs(self.ids)
-        self.progress("quantise", layers - first, total)
+        states = self.model.block_inputs(self.ids, lambda done: self.progress("forward", done, layers))
+        self.model.release()  # at 150k tokens each of the two tables takes a gigabyte
+        self.progress("quantise", layers - first, layers + 1)
         if state is None:
             grad, stats = head_pass(self.model, states[layers], self.seed + 1)
             self._code("head", self.model.head_weight, None, stats)
             if not self.config.tied:
+                self.model.release()
                 self._code("embed", self.model.embedding, None, None)
+            self.model.release()
             self._finish_block(layers, grad)
             first = layers - 1
         else:

@@ -21,7 +21,7 @@ from lowtide.eval.metrics import F64, Tally, log_softmax
 from lowtide.eval.text import I32, TextOrIds, token_windows
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.kernels.types import DecodeStats, PolicyParams
-from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, policy_params
+from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, parse_bits, policy_params
 from lowtide.runtime.model import load_tokenizer
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def artifact_bytes(artifact: Artifact) -> int:
 
 
 def _point(artifact: Artifact, policy: str | None, bits: float | str | None) -> _Point:
-    target = None if bits is None or bits == "dense" else float(bits)
+    target = parse_bits(bits) if isinstance(bits, str) else bits
     params = policy_params(artifact, policy, target)
     return _Point(target, BudgetController(params, target, body_weights(artifact), body_side_bits(artifact)))
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_SLICES = 4
 SHORT_PROMPT = 12
 RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5}
@@ -53,6 +53,7 @@ class _Model(ctypes.Structure):
         ),
         ("max_context", _i64),
         ("tied", _i64),
+        ("cache_bits", _i64),
         ("rms_eps", ctypes.c_double),
         ("inv_freq", _pointer),
         ("norms", ctypes.POINTER(_pointer)),
@@ -106,7 +107,13 @@ class Engine:
     """
 
     def __init__(
-        self, artifact: Artifact, *, threads: int | None = None, isa: str | None = None, max_context: int | None = None
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        max_context: int | None = None,
+        cache_bits: int = 16,
     ) -> None:
         """
         Args:
@@ -114,9 +121,10 @@ class Engine:
             threads: threads of the team, the caller's included; all processors by default.
             isa: instruction set; by default what LOWTIDE_ISA names, else the best.
             max_context: positions of the KV cache; by default the model's own maximum, at most 4096.
+            cache_bits: of keys and values: 16 (float16) or 8 (int8 with a scale for each head and position).
 
         Raises:
-            LowtideError: an instruction set this machine does not have, threads or max_context out of range.
+            LowtideError: an instruction set this machine does not have, or a number out of range.
         """
         config = artifact.config
         self._handle: int | None = None
@@ -125,11 +133,15 @@ class Engine:
             raise LowtideError(f"--threads {threads}: must be 1 to 256")
         self.max_context = min(config.max_position, 4096) if max_context is None else max_context
         if not 1 <= self.max_context <= config.max_position:
-            raise LowtideError(f"max_context {max_context}: must be 1 to {config.max_position}, the model's own maximum")
+            raise LowtideError(f"max_context {max_context}: must be 1 to {config.max_position}, the model's maximum")
+        if cache_bits not in (8, 16):
+            raise LowtideError(f"--cache-bits {cache_bits}: must be 16 or 8")
+        self.cache_bits = cache_bits
         wanted = isa or os.environ.get("LOWTIDE_ISA") or None
         if wanted and wanted not in available_isas():
             option = "isa" if isa else "LOWTIDE_ISA"
-            raise LowtideError(f"{option}={wanted}: not available on this machine; it has {', '.join(available_isas())}")
+            found = ", ".join(available_isas())
+            raise LowtideError(f"{option}={wanted}: not available on this machine; it has {found}")
         self.vocab_size = config.vocab_size
         self._keep: list[Any] = [artifact]
         model = self._describe(artifact)
@@ -158,7 +170,12 @@ class Engine:
         logits = np.empty(self.vocab_size if want_logits else 0, np.float32)
         stats = _Stats()
         _library().lt_decode(
-            self._handle, token, pos, ctypes.byref(params), logits.ctypes.data if want_logits else None, ctypes.byref(stats)
+            self._handle,
+            token,
+            pos,
+            ctypes.byref(params),
+            logits.ctypes.data if want_logits else None,
+            ctypes.byref(stats),
         )
         del keep
         head = stats.head_bits + stats.embed_bits
@@ -217,7 +234,8 @@ class Engine:
             raise LowtideError(f"tokens must be 1 or more ids from 0 to {self.vocab_size - 1}")
         if pos < 0 or pos + len(tokens) > self.max_context:
             raise LowtideError(
-                f"position {pos + len(tokens) - 1} is outside the context of {self.max_context}: shorten the text or raise --context"
+                f"position {pos + len(tokens) - 1} is outside the context of {self.max_context}: "
+                "shorten the text or raise --context"
             )
 
     def _policy(self, policy: PolicyParams) -> tuple[_Policy, NDArray[np.float32]]:
@@ -255,6 +273,7 @@ class Engine:
             head_dim=c.head_dim,
             max_context=self.max_context,
             tied=int(c.tied),
+            cache_bits=self.cache_bits,
             rms_eps=c.rms_eps,
             inv_freq=inv_freq.ctypes.data,
             norms=ctypes.cast(pointers, ctypes.POINTER(_pointer)),

@@ -18,6 +18,7 @@ from lowtide.format.codec import tiles, unpack_digits
 
 if TYPE_CHECKING:
     from lowtide.format.groups import GroupTensors, LinearTensors
+    from lowtide.kernels.reference_cache import CachedRows
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -90,30 +91,34 @@ def rope(x: F32, cos: F32, sin: F32) -> F32:
     return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
 
 
-def attention(q: F32, keys: NDArray[np.float16], values: NDArray[np.float16], start: int) -> F32:
+def attention(q: F32, keys: CachedRows, values: CachedRows, start: int) -> F32:
     """Causal attention with grouped heads.
 
     Args:
         q: f32 [n, H, hd], queries of positions start .. start + n - 1.
-        keys, values: f16 [start + n, K, hd], the cache up to and with the last of them.
+        keys, values: [start + n, K, hd], the cache up to and with the last of them.
         start: position of the first query.
 
     Returns:
         f32 [n, H, hd]; query head h attends to key/value head h // (H / K).
     """
     n, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads = keys.data.shape[1]
     out = np.empty((n, kv_heads, heads // kv_heads, head_dim), np.float32)
     grouped = q.reshape(out.shape)[:, :, :, None]  # [n, K, H/K, 1, hd]
-    k = keys.astype(np.float32).transpose(1, 0, 2)[:, None]  # [K, 1, positions, hd]
-    v = values.astype(np.float32).transpose(1, 0, 2)[:, None]
-    scale = np.float32(1) / np.sqrt(np.float32(head_dim))
+    k = keys.data.astype(np.float32).transpose(1, 0, 2)[:, None]  # [K, 1, positions, hd]
+    v = values.data.astype(np.float32).transpose(1, 0, 2)[:, None]
+    unit = np.full((kv_heads, 1, len(keys)), np.float32(1) / np.sqrt(np.float32(head_dim)), np.float32)
+    if keys.scale is not None:
+        unit *= keys.scale.T[:, None]
     for i in range(n):
         seen = start + i + 1
-        scores = in_order(k[:, :, :seen] * grouped[i], axis=-1) * scale  # [K, H/K, seen]
+        scores = in_order(k[:, :, :seen] * grouped[i], axis=-1) * unit[..., :seen]  # [K, H/K, seen]
         weights = exponential(scores - scores.max(-1, keepdims=True))
-        mixed = in_order(v[:, :, :seen] * weights[..., None], axis=-2)
-        out[i] = mixed * (np.float32(1) / lane_sum(weights))[..., None]
+        inverse = np.float32(1) / lane_sum(weights)
+        if values.scale is not None:
+            weights = weights * values.scale.T[:, None, :seen]
+        out[i] = in_order(v[:, :, :seen] * weights[..., None], axis=-2) * inverse[..., None]
     return out.reshape(n, heads, head_dim)
 
 
@@ -184,13 +189,19 @@ def graded_linear(group: GroupTensors, linear: LinearTensors, planes: U8, x: F32
     return _finish(group, linear, y, a)
 
 
-def _finish(group: GroupTensors, linear: LinearTensors, y: F32, a: F32) -> F32:
-    """What follows the sums of a linear layer: row scale, bias, outliers, exact columns (whose mean is 0)."""
+def _finish(group: GroupTensors, linear: LinearTensors, y: F32, a: F32, outliers_first: bool = False) -> F32:
+    """What follows the sums of a linear layer: row scale, bias, outliers, exact columns (whose mean is 0).
+
+    Outliers are added to y one by one, or, with outliers_first, to each other and then as one number to y.
+    """
     y = y * linear.row_scale.astype(np.float32) + linear.bias.astype(np.float32)
     rows, cols, values = linear.outliers()
     weights = values.astype(np.float32)
+    to = np.zeros_like(y) if outliers_first else y
     for token in range(len(y)):
-        np.add.at(y[token], rows, weights * a[token, cols])  # unbuffered: adds in stored order
+        np.add.at(to[token], rows, weights * a[token, cols])  # unbuffered: adds in stored order
+    if outliers_first:
+        y += to
     for e, channel in enumerate(group.exact_channels):
         y += linear.exact[e].astype(np.float32) * a[:, channel, None]
     return np.asarray(y, np.float32)
@@ -216,7 +227,8 @@ def quantise_blocks(value: F32) -> tuple[NDArray[np.int8], F32]:
 def dense_linear(group: GroupTensors, index: int, x: F32) -> F32:
     """The group's member `index` with all slices read, as prefill does it: f32 [n, out] from x f32 [n, in].
 
-    The inputs become int8 in blocks of DENSE_BLOCK channels; the sums over a block are exact.
+    The inputs become int8 in blocks of DENSE_BLOCK channels; the sums over a block are exact. A row's outliers are
+    added up by themselves first.
     """
     linear, slices = group.linears[index], group.slices
     a = x - group.mean.astype(np.float32)
@@ -230,7 +242,7 @@ def dense_linear(group: GroupTensors, index: int, x: F32) -> F32:
         chosen = q[:, part].astype(np.float32)
         doubled = np.float32(2) * (chosen @ code[:, part].T) - np.float32(4**slices - 1) * chosen.sum(1)[:, None]
         y += doubled * scale[:, b, None]
-    return _finish(group, linear, y * np.float32(4.0 ** (1 - slices)), a)
+    return _finish(group, linear, y * np.float32(4.0 ** (1 - slices)), a, outliers_first=True)
 
 
 def embedding_row(group: GroupTensors, token: int) -> F32:

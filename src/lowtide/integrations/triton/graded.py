@@ -88,6 +88,7 @@ class GradedGroup:
         self._upload_columns(group)
         self._upload_rows(group)
         self._upload_outliers(group)
+        self.device = self._weight.device  # "cuda" has become "cuda:0"
         if self.backend == "triton":
             self._prepare(tuning or Tuning())
 
@@ -122,7 +123,8 @@ class GradedGroup:
         return (score[:, None] > thresholds).sum(1, dtype=torch.int32) * self._readable
 
     def bytes_read(self, levels: torch.Tensor) -> int:
-        """Bytes that the product loads at these levels: runs of digits (padding rows included) and side tensors."""
+        """Bytes of the group that the product loads at these levels i32 [in]: runs of digits (padding rows included)
+        and side tensors. Scratch memory, inputs and outputs are not counted."""
         side = (
             *(self._mean, self._col_scale, self._importance, self._readable, self._shrink, self._exact_channels),
             *(self._row_scale, self._bias, self._exact, self._place),
@@ -189,6 +191,12 @@ class GradedGroup:
         self, x: torch.Tensor, thresholds: torch.Tensor | None, levels: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """The three kernels; exactly one of thresholds and levels is given."""
+        with torch.cuda.device_of(x):  # Triton launches on the current GPU; on the CPU this does nothing
+            return self._launch_here(x, thresholds, levels)
+
+    def _launch_here(
+        self, x: torch.Tensor, thresholds: torch.Tensor | None, levels: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         from lowtide.integrations.triton import kernels
 
         t, rows = self._tuning, len(self._place)
@@ -244,7 +252,7 @@ class GradedGroup:
     def _check(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
         """Kernels take the address on trust, so a wrong tensor must not reach them."""
         right = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()
-        if not right or tensor.device.type != self.device.type:
+        if not right or tensor.device != self.device:
             raise ValueError(
                 f"{name} must be a contiguous {dtype} {list(shape)} on {self.device}, "
                 f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
@@ -252,7 +260,7 @@ class GradedGroup:
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """ "triton" or "torch" for a wish out of BACKENDS; LowtideError if it cannot be met."""
+    """The backend to use, "triton" or "torch", for a wish out of BACKENDS; LowtideError if it cannot be met."""
     if backend not in BACKENDS:
         raise LowtideError(f"backend {backend!r} is not known; take one of {', '.join(BACKENDS)}")
     installed = importlib.util.find_spec("triton") is not None

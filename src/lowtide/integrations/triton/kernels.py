@@ -11,10 +11,8 @@ Three kernels run one after the other, and nothing goes back to the processor in
 No atomics: the same input and tuning give the same bits on the same machine.
 
 Legend: `width` bytes of a channel of a slice, all members of the group side by side; rows: outputs of all members.
-Annotations are not postponed here, because Triton reads them.
+Annotations are not postponed here, because Triton reads them; it looks up every name in them as code.
 """
-
-from typing import Any
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -22,22 +20,22 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 
 @triton.jit
 def choose_entries(
-    x: Any,
-    mean: Any,
-    col_scale: Any,
-    importance: Any,
-    readable: Any,
-    shrink: Any,
-    thresholds: Any,
-    levels: Any,
-    entry: Any,
-    coef: Any,
-    count: Any,
-    inputs: Any,
+    x: tl.tensor,
+    mean: tl.tensor,
+    col_scale: tl.tensor,
+    importance: tl.tensor,
+    readable: tl.tensor,
+    shrink: tl.tensor,
+    thresholds: tl.tensor,
+    levels: tl.tensor,
+    entry: tl.tensor,
+    coef: tl.tensor,
+    count: tl.tensor,
+    inputs: tl.tensor,
     GIVEN: tl.constexpr,
     SLICES: tl.constexpr,
     CHUNK: tl.constexpr,
-) -> Any:
+) -> None:
     """Lists the entries that CHUNK channels read.
 
     Reads x f32 [in]; mean, col_scale, importance f16 [in]; readable u8 [in] (0 for exact channels); shrink f32 [S];
@@ -68,19 +66,19 @@ def choose_entries(
 
 @triton.jit
 def sum_digits(
-    weight: Any,
-    entry: Any,
-    coef: Any,
-    count: Any,
-    partial: Any,
-    width: Any,
-    chunks: Any,
-    splits: Any,
+    weight: tl.tensor,
+    entry: tl.tensor,
+    coef: tl.tensor,
+    count: tl.tensor,
+    partial: tl.tensor,
+    width: tl.tensor,
+    chunks: tl.tensor,
+    splits: tl.tensor,
     SLICES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
-) -> Any:
+) -> None:
     """partial f32 [splits, 4, width] = sum of coef * (digit - 1.5) over the entries of every splits-th chunk.
 
     Reads weight u8 [S * in, width] in the rows that `entry` names and no others. Byte b holds the digits of four rows,
@@ -120,25 +118,25 @@ def sum_digits(
 
 @triton.jit
 def finish_rows(
-    partial: Any,
-    place: Any,
-    row_scale: Any,
-    bias: Any,
-    x: Any,
-    mean: Any,
-    exact_channels: Any,
-    exact: Any,
-    outlier_ptr: Any,
-    outlier_col: Any,
-    outlier_value: Any,
-    y: Any,
-    rows: Any,
-    plane: Any,
-    splits: Any,
-    exacts: Any,
+    partial: tl.tensor,
+    place: tl.tensor,
+    row_scale: tl.tensor,
+    bias: tl.tensor,
+    x: tl.tensor,
+    mean: tl.tensor,
+    exact_channels: tl.tensor,
+    exact: tl.tensor,
+    outlier_ptr: tl.tensor,
+    outlier_col: tl.tensor,
+    outlier_value: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    plane: tl.tensor,
+    splits: tl.tensor,
+    exacts: tl.tensor,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTLIERS: tl.constexpr,
-) -> Any:
+) -> None:
     """y f32 [rows] from the partial sums.
 
     Reads partial f32 [splits, plane] at place i32 [rows]; row_scale, bias f16 [rows]; exact f16 [exacts, rows] with

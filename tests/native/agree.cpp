@@ -1,0 +1,313 @@
+// Do all instruction sets of this machine, with one, two and three threads, give the same bits?
+//
+// Random models of awkward shapes go through the C interface: group products under every mask rule, decode steps, and
+// prefill. Prints a checksum of all results, for builds on different machines to be compared with; exits with 1 if two
+// instruction sets or thread counts of this one disagree. Inputs are made of integers and of float operations that are
+// exact or correctly rounded, so every machine starts from the same bits.
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "lowtide.h"
+
+namespace {
+
+struct Random {  // splitmix64
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t n) { return (int64_t)(next() % (uint64_t)n); }
+  float within(float limit) { return (float)(below(1 << 24) - (1 << 23)) * 0x1p-23f * limit; }
+  // A float16 of magnitude [2^(low - 15), 2^(high - 15)); below an exponent of 1 it is subnormal.
+  // (One call to a statement: compilers differ in the order they evaluate operands and arguments in.)
+  uint16_t half(int low, int high) {
+    const int64_t exponent = low + below(high - low);
+    return (uint16_t)(exponent << 10 | below(1024));
+  }
+  uint16_t signed_half(int low, int high) {
+    const uint16_t magnitude = half(low, high);
+    return (uint16_t)(magnitude | below(2) << 15);
+  }
+};
+
+struct Shape {
+  const char *name;
+  int64_t hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, slices, exact;
+  int64_t spread;  // mean distance of a tile's outliers, in columns; 0 is none
+  bool tied;
+  int64_t cache_bits, prompt;
+  bool largest = false;  // digits, coefficients and codes all as large as they get: no sum may overflow
+};
+
+// Tiles wide and narrow, matrices of more tiles than one pass takes, gaps between outliers that need fillers, one head
+// to ten on one cache, prompts that are no multiple of anything and one over the border of a chunk.
+const Shape kShapes[] = {
+    {"default", 48, 80, 2, 4, 2, 12, 130, 3, 2, 2, true, 16, 21},
+    {"odd", 41, 67, 1, 3, 1, 10, 101, 3, 3, 3, false, 8, 13},
+    {"one-slice", 40, 70, 2, 4, 2, 12, 130, 1, 1, 5, false, 16, 21},
+    {"two-slices", 33, 300, 1, 2, 1, 16, 259, 2, 0, 1, true, 8, 9},
+    {"four-slices", 48, 80, 2, 4, 2, 12, 130, 4, 0, 0, true, 16, 131},
+    {"wide-tiles", 320, 700, 1, 5, 1, 64, 577, 3, 2, 400, true, 8, 19},
+    {"many-tiles", 20, 24, 1, 2, 1, 10, 6500, 4, 2, 4, true, 16, 3},
+    {"grouped-heads", 60, 80, 2, 10, 1, 6, 130, 2, 1, 3, false, 16, 17},
+    {"largest", 256, 200, 1, 2, 1, 20, 400, 4, 0, 0, true, 16, 14, true},
+};
+
+struct Linear {
+  int64_t out;
+  std::vector<uint8_t> weight, outlier_row, outlier_gap;
+  std::vector<uint16_t> row_scale, bias, exact, outlier_value;
+  std::vector<uint32_t> outlier_ptr;
+  lt_linear view() const {
+    return {out,          weight.data(),      row_scale.data(),   bias.data(),         exact.data(),
+            outlier_ptr.data(), outlier_row.data(), outlier_gap.data(), outlier_value.data()};
+  }
+};
+
+struct Group {
+  int64_t in, slices;
+  std::vector<uint16_t> mean, col_scale, importance;
+  std::vector<float> shrink;
+  std::vector<int32_t> exact_channels;
+  std::vector<Linear> linear;
+  lt_group view() const {
+    lt_group g{in, slices, (int64_t)linear.size(), (int64_t)exact_channels.size(), 1000, mean.data(), col_scale.data(),
+               importance.data(), shrink.data(), exact_channels.data(), {}};
+    for (size_t i = 0; i < linear.size(); ++i) g.linear[i] = linear[i].view();
+    return g;
+  }
+};
+
+// Digits of rows that exist; the others stay zero.
+std::vector<uint8_t> random_digits(Random &random, const Shape &shape, int64_t in, int64_t out) {
+  const int64_t pad = (out + 63) / 64 * 64, wide = pad / 256 * 256;
+  std::vector<uint8_t> weight((size_t)(shape.slices * in * pad / 4));
+  for (int64_t channel = 0; channel < shape.slices * in; ++channel)
+    for (int64_t row = 0; row < out; ++row) {
+      const int64_t width = row < wide ? 256 : 64, first = row < wide ? row / 256 * 256 : wide + (row - wide) / 64 * 64;
+      const int64_t bytes = width / 4, inside = row - first;
+      weight[(size_t)(channel * pad / 4 + first / 4 + inside % bytes)] |=
+          (uint8_t)((shape.largest ? 3 : random.below(4)) << (inside / bytes * 2));
+    }
+  return weight;
+}
+
+void add_outliers(Random &random, const Shape &shape, const Group &g, Linear &l) {
+  const int64_t pad = (l.out + 63) / 64 * 64, wide = pad / 256, tiles = wide + pad % 256 / 64;
+  l.outlier_ptr.push_back(0);
+  const auto entry = [&](int64_t row, int64_t gap, uint16_t value) {
+    l.outlier_row.push_back((uint8_t)row);
+    l.outlier_gap.push_back((uint8_t)gap);
+    l.outlier_value.push_back(value);
+  };
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile < wide ? tile * 256 : wide * 256 + (tile - wide) * 64, width = tile < wide ? 256 : 64;
+    const int64_t rows = l.out - first < width ? l.out - first : width;
+    int64_t last = 0;
+    for (int64_t column = 0; shape.spread && column < g.in; column += 1 + random.below(2 * shape.spread)) {
+      bool exact = false;
+      for (int32_t e : g.exact_channels) exact = exact || e == column;
+      if (exact) continue;
+      for (; column - last > 255; last += 255) entry(0, 255, 0);
+      const int64_t row = random.below(rows);
+      entry(row, column - last, random.signed_half(10, 14));
+      last = column;
+    }
+    l.outlier_ptr.push_back((uint32_t)l.outlier_row.size());
+  }
+}
+
+Linear random_linear(Random &random, const Shape &shape, const Group &g, int64_t out) {
+  Linear l;
+  l.out = out;
+  l.weight = random_digits(random, shape, g.in, out);
+  for (int64_t i = 0; i < out; ++i) {
+    l.row_scale.push_back(random.half(10, 12));
+    l.bias.push_back(random.signed_half(9, 13));
+  }
+  for (size_t i = 0; i < g.exact_channels.size() * (size_t)out; ++i) l.exact.push_back(random.signed_half(10, 14));
+  add_outliers(random, shape, g, l);
+  return l;
+}
+
+Group random_group(Random &random, const Shape &shape, int64_t in, const std::vector<int64_t> &outs) {
+  Group g;
+  g.in = in;
+  g.slices = shape.slices;
+  for (int64_t j = 0; j < in; ++j) {
+    const bool tiny = j % 13 == 5;
+    g.mean.push_back(tiny ? random.signed_half(0, 1) : random.signed_half(8, 12));
+    g.col_scale.push_back(random.half(14, 16));
+    g.importance.push_back(tiny ? random.half(0, 1) : random.half(13, 16));
+    if (shape.largest) g.mean.back() = 0, g.col_scale.back() = 0x3c00;
+  }
+  for (int64_t e = 0; e < shape.exact; ++e) {
+    const int64_t j = e * in / shape.exact + random.below(in / shape.exact);
+    g.exact_channels.push_back((int32_t)j);
+    g.mean[(size_t)j] = g.importance[(size_t)j] = 0;
+    g.col_scale[(size_t)j] = 0x3c00;
+  }
+  for (int64_t s = 0; s < g.slices; ++s) g.shrink.push_back(1.0f - 0.03125f * (float)(g.slices - 1 - s));
+  for (int64_t out : outs) g.linear.push_back(random_linear(random, shape, g, out));
+  return g;
+}
+
+struct Model {
+  std::vector<Group> groups;
+  std::vector<lt_group> views;
+  std::vector<std::vector<float>> norms;
+  std::vector<const float *> norm_views;
+  std::vector<double> inv_freq;
+  lt_model model;
+  explicit Model(const Shape &s) {
+    Random random{(uint64_t)s.hidden * 1000 + (uint64_t)s.slices};
+    const int64_t q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+    for (int64_t layer = 0; layer < s.layers; ++layer) {
+      groups.push_back(random_group(random, s, s.hidden, {q, kv, kv}));
+      groups.push_back(random_group(random, s, q, {s.hidden}));
+      groups.push_back(random_group(random, s, s.hidden, {s.intermediate, s.intermediate}));
+      groups.push_back(random_group(random, s, s.intermediate, {s.hidden}));
+    }
+    for (int i = 0; i < (s.tied ? 1 : 2); ++i) groups.push_back(random_group(random, s, s.hidden, {s.vocab}));
+    for (const Group &g : groups) views.push_back(g.view());
+    norms.resize((size_t)(2 * s.layers + 1));
+    for (auto &norm : norms)
+      for (int64_t i = 0; i < s.hidden; ++i) norm.push_back(s.largest ? 1.0f : 1.0f + random.within(0.25f));
+    for (const auto &norm : norms) norm_views.push_back(norm.data());
+    for (int64_t i = 0; i < s.head_dim / 2; ++i) inv_freq.push_back(1.0 / (double)(1 + 5 * i * i));
+    model = {};
+    model.abi_version = LT_ABI_VERSION;
+    model.vocab = s.vocab, model.hidden = s.hidden, model.intermediate = s.intermediate, model.layers = s.layers;
+    model.heads = s.heads, model.kv_heads = s.kv_heads, model.head_dim = s.head_dim, model.max_context = 160;
+    model.tied = s.tied, model.cache_bits = s.cache_bits, model.rms_eps = 0x1p-17;
+    model.inv_freq = inv_freq.data(), model.norms = norm_views.data(), model.groups = views.data();
+  }
+};
+
+constexpr int64_t kRules[] = {LT_CHANNEL_NORM, LT_DENSE, LT_CHANNEL_ABS, LT_TOPK, LT_STATISTICAL_TOPK, LT_GATE};
+
+struct Policy {
+  std::vector<float> params;
+  lt_policy policy;
+  Policy(int64_t rule, int64_t layers) {
+    const float score[4] = {0.125f, 0.5f, 1.125f, 1.875f}, count[4] = {21.5f, 12, 5, 2};
+    for (int64_t i = 0; i < (layers * 4 + 1) * LT_MAX_SLICES; ++i) {
+      const int64_t s = i % LT_MAX_SLICES;
+      params.push_back(rule == LT_TOPK ? count[s] : rule == LT_STATISTICAL_TOPK ? score[s] - 1 : score[s]);
+    }
+    policy = {rule, params.data(), rule == LT_CHANNEL_NORM ? 0.25 : 0.0};
+  }
+};
+
+// Every bit of every result, in order.
+struct Results {
+  std::vector<uint32_t> words;
+  bool finite = true;
+  void add(const float *values, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t word;
+      std::memcpy(&word, values + i, 4);
+      words.push_back(word);
+      finite = finite && std::isfinite(values[i]);
+    }
+  }
+  void add(int64_t count) { words.push_back((uint32_t)count); }
+};
+
+void group_products(lt_engine *engine, const Shape &shape, const Model &m, Results &results) {
+  for (size_t i = 0; i < (size_t)(4 * shape.layers + 1); ++i)
+    for (int64_t rule : kRules) {
+      const Group &g = m.groups[i];
+      Random random{1000 * i + (uint64_t)rule};
+      std::vector<float> x;
+      for (int64_t j = 0; j < g.in; ++j) x.push_back(shape.largest ? 1.0f : random.within(2.5f));
+      std::vector<std::vector<float>> y;
+      for (const Linear &l : g.linear) y.emplace_back((size_t)l.out);
+      std::vector<float *> to;
+      for (auto &row : y) to.push_back(row.data());
+      const Policy policy(rule, shape.layers);
+      results.add(lt_group_product(engine, (int64_t)i, x.data(), &policy.policy, to.data()));
+      for (const auto &row : y) results.add(row.data(), (int64_t)row.size());
+    }
+}
+
+// Decode, prefill what follows, decode on.
+void text(lt_engine *engine, const Shape &shape, Results &results) {
+  Random random{7};
+  std::vector<float> logits((size_t)(shape.prompt * shape.vocab));
+  int64_t position = 0;
+  const auto decode = [&](int64_t rule) {
+    const Policy policy(rule, shape.layers);
+    lt_stats stats;
+    lt_decode(engine, random.below(shape.vocab), position++, &policy.policy, logits.data(), &stats);
+    results.add(logits.data(), shape.vocab);
+    for (int64_t count : {stats.body_bits, stats.head_bits, stats.embed_bits, stats.cache_bytes}) results.add(count);
+  };
+  for (int64_t rule : kRules) decode(rule);
+  std::vector<int32_t> tokens;
+  for (int64_t i = 0; i < shape.prompt; ++i) tokens.push_back((int32_t)random.below(shape.vocab));
+  lt_prefill(engine, tokens.data(), shape.prompt, position, 1, logits.data());
+  results.add(logits.data(), shape.prompt * shape.vocab);
+  position += shape.prompt;
+  for (int64_t rule : {LT_CHANNEL_NORM, LT_DENSE}) decode(rule);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names(1);
+  for (const char *c = lt_available_isas(); *c; ++c) {
+    if (*c == ',') {
+      names.emplace_back();
+    } else {
+      names.back() += *c;
+    }
+  }
+  return names;
+}
+
+// False if the results are not those of the first variant, which fills `first`.
+bool same(const Shape &shape, const Model &m, const std::string &isa, int threads, Results &first) {
+  char error[256] = "";
+  lt_engine *engine = lt_engine_new(&m.model, threads, isa.c_str(), error, sizeof error);
+  if (!engine) {
+    std::printf("%s, %s, %d threads: %s\n", shape.name, isa.c_str(), threads, error);
+    return false;
+  }
+  Results results;
+  group_products(engine, shape, m, results);
+  text(engine, shape, results);
+  lt_engine_free(engine);
+  if (first.words.empty()) first = results;
+  if (!results.finite) std::printf("%s, %s, %d threads: results are not finite\n", shape.name, isa.c_str(), threads);
+  size_t different = 0, where = 0;
+  for (size_t i = first.words.size(); i-- > 0;)
+    if (results.words[i] != first.words[i]) ++different, where = i;
+  if (different)
+    std::printf("%s, %s, %d threads: %zu of %zu values differ, first number %zu\n", shape.name, isa.c_str(), threads,
+                different, first.words.size(), where);
+  return results.finite && !different;
+}
+
+}  // namespace
+
+int main() {
+  uint64_t checksum = 0xcbf29ce484222325u;  // FNV-1a, a word at a time
+  size_t values = 0;
+  bool good = true;
+  for (const Shape &shape : kShapes) {
+    const Model m(shape);
+    Results first;
+    for (const std::string &isa : instruction_sets())
+      for (int threads = 1; threads <= 3; ++threads) good = same(shape, m, isa, threads, first) && good;
+    for (uint32_t word : first.words) checksum = (checksum ^ word) * 0x100000001b3u;
+    values += first.words.size();
+  }
+  std::printf("instruction sets: %s\nvalues: %zu\nchecksum: %016" PRIx64 "\n", lt_available_isas(), values, checksum);
+  return good ? 0 : 1;
+}
