@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bits-max", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of the compression; all processors by default")
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="where artifacts are made, and removed")
+    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="artifacts live here for a while")
     parser.add_argument("--label", default="compress-speed", help="name of the results file")
     parser.add_argument("--quick", action="store_true", help="the first model alone")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

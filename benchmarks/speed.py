@@ -56,6 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bits", default="2.5,3,3.5,4", help='budgets; "dense" reads everything')
     add("--match", action="store_true", help="add the lowest budget that is as good as each type; needs KL")
     add("--policy", help="mask rule that the artifacts store; their first by default")
+    add("--cache-bits", type=int, default=16, help="bits of lowtide's keys and values, 16 or 8; llama.cpp has 16")
     add("--kl-text", help="held-out text; without it and KL.json the KL column is empty")
     add("--windows", type=int, default=2)
     add("--window", type=int, default=512)
@@ -210,7 +211,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"speed: error: {error}", file=sys.stderr)
         return 2
     names = list(dict.fromkeys(r["model"] for r in rows))
-    settings = ("tokens", "rounds", "prefill", "prefill_rounds", "starts", "cold_starts", "windows", "window")
+    settings = (
+        "tokens",
+        "rounds",
+        "prefill",
+        "prefill_rounds",
+        "starts",
+        "cold_starts",
+        "windows",
+        "window",
+        "cache_bits",
+    )
     figures = {
         "model": ", ".join(names),
         "settings": {name: getattr(options, name) for name in settings}

@@ -57,7 +57,7 @@ class Measured:
 
     Args:
         artifact, gguf: the model, compressed and as F16.
-        options: kl_text, windows, window, work, threads, policy, llama_python of `speed.py`.
+        options: kl_text, windows, window, work, threads, policy, cache_bits, llama_python of `speed.py`.
         path_of: file of a llama.cpp type, made if needed.
     """
 
@@ -96,6 +96,7 @@ class Measured:
                 bits=[bits],
                 policy=self._options.policy,
                 threads=self._options.threads[-1],
+                cache_bits=self._options.cache_bits,
             )
             self._known[bits] = result["points"][0]["kl"]
         return self._known[bits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -70,11 +71,21 @@ def ratios(rows: Iterable[Row]) -> list[Row]:
                     "kl": best["kl"],
                     "peer": peer["setting"],
                     "decode_ratio": best["decode_tps"] / peer["decode_tps"],
+                    "decode_ratio_middle_half": middle_half(best["all_decode_tps"], peer["all_decode_tps"]),
                     "prefill_ratio": best["prefill_tps"] / max(r["prefill_tps"] for r in peers),
                     "of_memory_limit": best["of_memory_limit"],
                 }
             )
     return found
+
+
+def middle_half(ours: list[float], theirs: list[float]) -> list[float]:
+    """First and third quartile of the rounds' own ratios: how steady the ratio of medians is."""
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    if len(each) == 1:
+        return [each[0], each[0]]
+    low, _, high = statistics.quantiles(each, n=4, method="inclusive")
+    return [low, high]
 
 
 def ratio_table(entries: list[Row]) -> str:
@@ -90,6 +101,7 @@ def ratio_table(entries: list[Row]) -> str:
         "KL limit",
         "against",
         "decode ratio",
+        "of rounds, middle half",
         "prefill ratio",
         "of memory limit",
     )
@@ -105,6 +117,7 @@ def ratio_table(entries: list[Row]) -> str:
             f"{e['kl_limit']:.4f}",
             e["peer"],
             f"{e['decode_ratio']:.2f}",
+            " to ".join(f"{x:.2f}" for x in e["decode_ratio_middle_half"]),
             f"{e['prefill_ratio']:.2f}",
             f"{e['of_memory_limit']:.0%}",
         )

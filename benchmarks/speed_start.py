@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,13 @@ def lowtide_starter(
     context: int,
     tokens: int,
     prompt: str,
-    isa: str | None,
-    policy: str | None,
+    more: Mapping[str, Any],
 ) -> Starter:
-    """`lowtide generate`, as a user calls it."""
+    """`lowtide generate`, as a user calls it; `more` holds further options, None for those left out."""
     arguments = ["lowtide", "generate", str(artifact), "--prompt", prompt, "-n", str(tokens), "--bits", f"{bits}"]
     arguments += ["--threads", str(threads), "--context", str(context)]
-    arguments += ["--isa", isa] if isa else []
-    arguments += ["--policy", policy] if policy else []
+    for option, value in more.items():
+        arguments += [] if value is None else [f"--{option}", str(value)]
     return Starter(arguments, [p for p in artifact.rglob("*") if p.is_file()])
 
 

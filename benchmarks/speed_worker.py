@@ -101,14 +101,14 @@ class Lowtide(worker.Lowtide):
     """lowtide's native engine: all budgets in one process, each with a controller of its own that keeps running."""
 
     def open(  # type: ignore[override]
-        self, path: str, threads: int, context: int, isa: str | None = None, policy: str | None = None
+        self, path: str, threads: int, context: int, isa: str | None, policy: str | None, cache_bits: int
     ) -> dict[str, Any]:
         import lowtide
         from lowtide.format.reader import open_artifact
         from lowtide.kernels.native import Engine
 
         self.artifact, self.policy = open_artifact(path), policy
-        self.engine = Engine(self.artifact, threads=threads, isa=isa, max_context=context)
+        self.engine = Engine(self.artifact, threads=threads, isa=isa, max_context=context, cache_bits=cache_bits)
         self.controllers: dict[float | str, Any] = {}
         self.cached: list[int] = []
         return {"version": lowtide.__version__, "isa": self.engine.isa, "vocab": self.engine.vocab_size}

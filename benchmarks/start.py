@@ -39,7 +39,7 @@ def lowtide(arguments: list[str], figures: dict[str, int]) -> int:
             figures.update(memory())
         close(model)
 
-    Model.close = look_and_close  # type: ignore[method-assign]
+    Model.close = look_and_close  # type: ignore[assignment,method-assign]
     return run(arguments)
 
 

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, Bits, Context, Isa, MaxTokens, Policy, Seed, Temperature, Threads, TopK, TopP
+from lowtide.cli.options import (
+    Artifact,
+    Bits,
+    CacheBits,
+    Context,
+    Isa,
+    MaxTokens,
+    Policy,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 
 
 def chat(
@@ -23,6 +36,7 @@ def chat(
     threads: Threads = None,
     isa: Isa = None,
     context: Context = None,
+    cache_bits: CacheBits = 16,
 ) -> None:
     """Talk with the model, one message per line.
 
@@ -39,7 +53,7 @@ def chat(
     budget = parse_bits(bits)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with load(artifact, threads=threads, isa=isa, context=context) as model:
+    with load(artifact, threads=threads, isa=isa, context=context, cache_bits=cache_bits) as model:
         while (line := _read_line()) is not None:
             if line == "/clear":
                 messages = list(opening)

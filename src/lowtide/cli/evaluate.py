@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, BitsList, Isa, Json, Policy, Threads, parse_bits_list
+from lowtide.cli.options import Artifact, BitsList, CacheBits, Isa, Json, Policy, Threads, parse_bits_list
 
 
 def evaluate(
@@ -21,6 +21,7 @@ def evaluate(
     policy: Policy = None,
     threads: Threads = None,
     isa: Isa = None,
+    cache_bits: CacheBits = 16,
     json: Json = False,
 ) -> None:
     """Measure quality: KL to the dense model, perplexity, bits read.
@@ -47,6 +48,7 @@ def evaluate(
         policy=policy,
         threads=threads,
         isa=isa,
+        cache_bits=cache_bits,
         bos=bos,
         progress=sys.stderr.isatty(),
     )

@@ -11,6 +11,7 @@ import typer
 from lowtide.cli.options import (
     Artifact,
     Bits,
+    CacheBits,
     Context,
     Isa,
     Json,
@@ -40,6 +41,7 @@ def generate(
     threads: Threads = None,
     isa: Isa = None,
     context: Context = None,
+    cache_bits: CacheBits = 16,
     json: Json = False,
 ) -> None:
     """Continue a text, token by token.
@@ -56,7 +58,7 @@ def generate(
     from lowtide.runtime.model import load
 
     budget = parse_bits(bits)
-    with load(artifact, threads=threads, isa=isa, context=context) as model:
+    with load(artifact, threads=threads, isa=isa, context=context, cache_bits=cache_bits) as model:
         pieces = model.generate(prompt, max_tokens, budget, temperature, top_k, top_p, seed, policy)
         if json:
             text = "".join(pieces)

@@ -27,6 +27,9 @@ Isa: TypeAlias = Annotated[
 Context: TypeAlias = Annotated[
     int | None, typer.Option(help="Tokens that the KV cache holds. [default: the model's maximum, at most 4096]")
 ]
+CacheBits: TypeAlias = Annotated[
+    int, typer.Option(help="Bits of cached keys and values: 16, or 8 for half the memory.")
+]
 Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
 TopK: TypeAlias = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")]
 TopP: TypeAlias = Annotated[float, typer.Option(help="Choose among the likeliest tokens that make up p.")]

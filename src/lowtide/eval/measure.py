@@ -75,6 +75,7 @@ def evaluate(
     engine: str | DecodeEngine = "native",
     threads: int | None = None,
     isa: str | None = None,
+    cache_bits: int = 16,
     bos: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -93,6 +94,7 @@ def evaluate(
         policy: mask rule that the artifact stores, e.g. `channel-norm` or `topk:0,4`; its first by default.
         engine: "native", "reference" (numpy, slow), or an engine.
         threads, isa: of the native engine, see `lowtide.load`.
+        cache_bits: bits of cached keys and values, 16 or 8.
         bos: begin every window with the model's begin-of-sequence token.
         progress: show a progress bar on stderr.
 
@@ -115,7 +117,7 @@ def evaluate(
         raise LowtideError(f"--window {window}: the model's context holds {opened.config.max_position} tokens")
     ids = _windows(opened, source, text, windows, window, bos)
     dense = Tally()
-    running = engine if not isinstance(engine, str) else _open_engine(engine, opened, threads, isa, window)
+    running = engine if not isinstance(engine, str) else _open_engine(engine, opened, threads, isa, window, cache_bits)
     try:
         _run(running, DenseModel(source), ids, points, dense, progress)
     finally:
@@ -200,15 +202,17 @@ def _source_tokenizer(source: Source) -> Tokenizer:
     return Tokenizer(files["tokenizer.json"])
 
 
-def _open_engine(name: str, artifact: Artifact, threads: int | None, isa: str | None, window: int) -> DecodeEngine:
+def _open_engine(
+    name: str, artifact: Artifact, threads: int | None, isa: str | None, window: int, cache_bits: int
+) -> DecodeEngine:
     if name == "native":
         from lowtide.kernels.native import Engine
 
-        return Engine(artifact, threads=threads, isa=isa, max_context=window)
+        return Engine(artifact, threads=threads, isa=isa, max_context=window, cache_bits=cache_bits)
     if name == "reference":
         from lowtide.kernels.reference import ReferenceEngine
 
-        return ReferenceEngine(artifact, max_context=window)
+        return ReferenceEngine(artifact, max_context=window, cache_bits=cache_bits)
     raise LowtideError(f"--engine {name}: known are {', '.join(ENGINES)}")
 
 

@@ -104,7 +104,8 @@ class ReferenceEngine:
             head = _Masked(self, policy, len(x[rows]))
             logits[rows] = head(4 * self.config.num_layers, "head", x[rows], None)[0]
             head_bits[rows] += head.bits
-        per_position = 4 * self.config.num_layers * self.config.kv_size  # keys and values, two bytes each
+        c, scales = self.config, 8 if self._cache_bits == 8 else 0  # bytes of a key's and a value's scale
+        per_position = c.num_layers * c.num_kv_heads * (c.head_dim * self._cache_bits // 4 + scales)
         stats = []
         for i, (body, head_) in enumerate(zip(masked.bits.tolist(), head_bits.tolist(), strict=True)):
             stats.append(DecodeStats(body, head_, (body + head_ + 7) // 8 + per_position * (pos + i + 1)))

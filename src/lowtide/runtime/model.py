@@ -56,7 +56,13 @@ class GenerationStats:
         return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
 
 
-def load(path: str | Path, threads: int | None = None, isa: str | None = None, context: int | None = None) -> Model:
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    isa: str | None = None,
+    context: int | None = None,
+    cache_bits: int = 16,
+) -> Model:
     """Open an artifact and make it ready to generate.
 
     Args:
@@ -64,6 +70,7 @@ def load(path: str | Path, threads: int | None = None, isa: str | None = None, c
         threads: worker threads; None lets the engine choose.
         isa: instruction set ("avx512", "avx2", "portable"); None takes LOWTIDE_ISA or the best one.
         context: tokens that the KV cache holds; None takes the model's own maximum, at most 4096.
+        cache_bits: bits of cached keys and values: 16, or 8 for half the memory.
 
     Raises:
         LowtideError: the artifact is broken, has no tokenizer, or an option does not fit this machine.
@@ -73,7 +80,8 @@ def load(path: str | Path, threads: int | None = None, isa: str | None = None, c
 
     artifact = open_artifact(path)
     tokenizer = load_tokenizer(artifact)
-    return Model(artifact, Engine(artifact, threads=threads, isa=isa, max_context=context), tokenizer)
+    engine = Engine(artifact, threads=threads, isa=isa, max_context=context, cache_bits=cache_bits)
+    return Model(artifact, engine, tokenizer)
 
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer:
