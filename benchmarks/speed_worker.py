@@ -52,12 +52,15 @@ class Llama(worker.Llama):
     def prefill(self, ids: list[int]) -> dict[str, Any]:
         """Seconds for a text from an empty cache, the last token's logits included."""
         self._keep(0)
-        return {"seconds": self._append(ids), "tokens": len(ids)}
+        seconds = self._append(ids)
+        self.cached = ids
+        return {"seconds": seconds, "tokens": len(ids)}
 
     def decode_at(self, ids: list[int], context: int, tokens: int) -> dict[str, Any]:
         """Seconds for `tokens` tokens behind the first `context` of ids, one at a time, logits for each."""
         lib, model = self.lib, self.model.ctx
-        kept = self._keep(common_prefix(self.cached, ids[:context]))
+        kept = common_prefix(self.cached, ids[:context])
+        self._keep(kept)
         if kept < context:
             self._append(ids[kept:context])
         token = (lib.llama_token * tokens)(*ids[context : context + tokens])
@@ -74,17 +77,16 @@ class Llama(worker.Llama):
         self.cached = ids[: context + tokens]
         return {"seconds": seconds, "tokens": tokens}
 
-    def _keep(self, count: int) -> int:
-        """Forgets all but the first tokens; returns how many are left."""
+    def _keep(self, count: int) -> None:
+        """Forgets all but the first tokens."""
         lib = self.lib
         if count == 0:
             lib.llama_memory_clear(lib.llama_get_memory(self.model.ctx), True)
         elif not lib.llama_memory_seq_rm(lib.llama_get_memory(self.model.ctx), 0, count, -1):
             raise ValueError("llama_memory_seq_rm failed")
-        self.cached = self.cached[:count]
-        return count
 
     def _append(self, ids: list[int]) -> float:
+        """Seconds for these tokens behind what is there."""
         lib, model = self.lib, self.model.ctx
         parts = [(lib.llama_token * len(p))(*p) for p in (ids[i : i + BATCH] for i in range(0, len(ids), BATCH))]
         started = time.perf_counter()
@@ -92,9 +94,7 @@ class Llama(worker.Llama):
             if lib.llama_decode(model, lib.llama_batch_get_one(part, len(part))):
                 raise ValueError("llama_decode failed on the prompt")
         lib.llama_get_logits_ith(model, -1)
-        seconds = time.perf_counter() - started
-        self.cached = self.cached + ids
-        return seconds
+        return time.perf_counter() - started
 
 
 class Lowtide(worker.Lowtide):

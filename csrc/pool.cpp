@@ -13,6 +13,8 @@ constexpr int kSpinsBeforeSleep = 30000;
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 

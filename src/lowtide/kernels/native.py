@@ -91,7 +91,7 @@ def _library() -> ctypes.CDLL:
 
 
 def available_isas() -> list[str]:
-    """Instruction sets this machine can run, best first: of "avx512", "avx2", "portable"."""
+    """Instruction sets this machine can run, best first: of avx512, avx2, neondot, neon, portable."""
     return _library().lt_available_isas().decode().split(",")
 
 
