@@ -23,10 +23,12 @@ F16_MIN, F16_MAX = 2.0**-14, 65504.0
 MASSIVE_RATIO = 100.0
 """A channel this many times above the median energy is massive."""
 SCALE_ROUNDS = 5
-ALPHA = 0.5
+ROW_SAY = 0.5
+"""Power of a row's share of the output energy that weighs it in the column scales. 0 spoils heads whose vocabulary is
+mostly unused (stories15M: KL 0.217 against 0.135 at 3.4 bits), 1 spoils the rare tokens' embeddings."""
 ROW_FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.1)
 """Multipliers of the first clipping point tried for every row."""
-LEVEL_WEIGHTS = (2.0, 32.0, 125.0, 500.0)
+LEVEL_WEIGHTS = (1.5, 32.0, 125.0, 500.0)
 """Weight of level L's error in the search for a row's scale: how often level L is read at middling budgets, over its
 usual relative error."""
 
@@ -40,7 +42,7 @@ class QuantOptions:
     """
 
     slices: int = 3
-    clip: float = 2.8
+    clip: float = 2.4
     outliers: float = 0.004
     max_exact: int = 3
 
@@ -158,7 +160,7 @@ def _fit_scales(fit: _Fit) -> None:
             fit.rows[part] = (z.sum(1) / keep.sum(1).clamp_min(1)).sqrt_().clamp_min_(1e-20)
             # rows that matter little for the output (rare tokens' rows of a head) have little say in the columns
             importance = fit.fisher[part] * fit.rows[part].square()
-            share = (importance / importance_mean).pow(ALPHA)
+            share = (importance / importance_mean).pow(ROW_SAY)
             col_sum += share @ (fit.w[part] / fit.rows[part, None]).square_().mul_(keep)
             col_count += share @ keep.float()
         fit.cols = (col_sum / col_count.clamp_min(1e-20)).sqrt_().clamp_min_(1e-20)
