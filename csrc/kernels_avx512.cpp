@@ -20,13 +20,12 @@ static inline __m512i four_coefficients(const int8_t *coef) {
   return _mm512_set1_epi32(four);
 }
 
-template <int kEntries>
-static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t ahead,
+static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t n, int64_t ahead,
                              __m512i *acc) {
   __m512i sum[4][4];
   for (int p = 0; p < 4; ++p)
     for (int z = 0; z < 4; ++z) sum[p][z] = _mm512_load_si512(acc + p * 4 + z);
-  for (int e = 0; e < kEntries; e += 4) {
+  for (int64_t e = 0; e < n; e += 4) {
     __m512i line[4];
     for (int i = 0; i < 4; ++i) {
       line[i] = _mm512_loadu_si512(base + offset[e + i]);
@@ -45,12 +44,11 @@ static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const 
     for (int z = 0; z < 4; ++z) _mm512_store_si512(acc + p * 4 + z, sum[p][z]);
 }
 
-template <int kEntries>
-static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t ahead,
-                               __m512i quads, __m512i *acc) {
+static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t n,
+                               int64_t ahead, __m512i quads, __m512i *acc) {
   __m512i sum[4] = {_mm512_load_si512(acc), _mm512_load_si512(acc + 1), _mm512_load_si512(acc + 2),
                     _mm512_load_si512(acc + 3)};
-  for (int e = 0; e < kEntries; e += 4) {
+  for (int64_t e = 0; e < n; e += 4) {
     const auto part = [&](int i) { return _mm_loadu_si128((const __m128i *)(base + offset[e + i])); };
     __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(1), 1);
     v = _mm512_inserti32x4(_mm512_inserti32x4(v, part(2), 2), part(3), 3);
@@ -62,14 +60,6 @@ static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, cons
   for (int p = 0; p < 4; ++p) _mm512_store_si512(acc + p, sum[p]);
 }
 
-template <int kEntries>
-static inline void block(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t ahead, int64_t wide,
-                         int64_t narrow, __m512i quads, __m512i *acc) {
-  for (int64_t t = 0; t < wide; ++t) wide_tile<kEntries>(base + t * 64, offset, coef, ahead, acc + t * 16);
-  for (int64_t t = 0; t < narrow; ++t)
-    narrow_tile<kEntries>(base + wide * 64 + t * 16, offset, coef, ahead, quads, acc + wide * 16 + t * 4);
-}
-
 static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t n, int64_t ahead,
                    int64_t wide, int64_t narrow, int32_t *acc) {
   alignas(64) uint8_t order[64];
@@ -77,10 +67,14 @@ static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *co
   const __m512i quads = _mm512_load_si512(order);
   __m512i *sums = (__m512i *)acc;
   for (int64_t i = 0; i < wide * 16 + narrow * 4; ++i) sums[i] = _mm512_setzero_si512();
-  int64_t e = 0;
-  for (; e + lowtide::kBlock <= n; e += lowtide::kBlock)
-    block<lowtide::kBlock>(base, offset + e, coef + e, ahead, wide, narrow, quads, sums);
-  for (; e < n; e += 4) block<4>(base, offset + e, coef + e, ahead, wide, narrow, quads, sums);
+  // Blocks keep the runs of several tiles together; a single tile's sums stay in registers all the way.
+  const int64_t block = wide + narrow > 1 ? lowtide::kBlock : n;
+  for (int64_t e = 0; e < n; e += block) {
+    const int64_t step = n - e < block ? n - e : block;
+    for (int64_t t = 0; t < wide; ++t) wide_tile(base + t * 64, offset + e, coef + e, step, ahead, sums + t * 16);
+    for (int64_t t = 0; t < narrow; ++t)
+      narrow_tile(base + wide * 64 + t * 16, offset + e, coef + e, step, ahead, quads, sums + wide * 16 + t * 4);
+  }
 }
 
 static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {

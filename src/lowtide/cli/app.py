@@ -66,15 +66,24 @@ def run(args: list[str]) -> int:
             raise
         return _fail(f"this command needs {package}: pip install 'lowtide[compress]'")
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
     except MemoryError:
         return _fail("not enough memory for this model")
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere: the interpreter would try once more to write it on the way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

@@ -101,6 +101,8 @@ class _Job:
 
     def prepare(self, target: Path, calibration: Path | None) -> None:
         """Open the work folder and choose the calibration tokens."""
+        # A text that is refused is refused before anything is written.
+        given = None if calibration is None else windows_of_file(self.source, calibration)
         text_hash = None if calibration is None else hashlib.sha256(_read(calibration)).hexdigest()
         key = {"version": WORK_VERSION, "model": self.model_id, "text": text_hash, "seed": self.seed}
         self.work = WorkFolder(target.with_name(target.name + ".partial"), key | asdict(self.options))
@@ -109,10 +111,9 @@ class _Job:
         if known is not None:
             self.ids = torch.from_numpy(known["ids"])
             return
-        if calibration is None:
-            self.ids = sampled_windows(self.model, self.seed, lambda done, total: self.progress("sample", done, total))
-        else:
-            self.ids = windows_of_file(self.source, calibration)
+        if given is None:
+            given = sampled_windows(self.model, self.seed, lambda done, total: self.progress("sample", done, total))
+        self.ids = given
         self.work.save_arrays("calibration", {"ids": self.ids.numpy()})
 
     def quantise(self) -> None:
