@@ -1,6 +1,7 @@
-// The C interface over Engine. Nothing throws across it.
+// The C interface over Engine. Nothing throws across it: what allocates is guarded, and decoding allocates nothing.
 #include <cstdio>
 #include <exception>
+#include <new>
 #include <string>
 
 #include "engine.h"
@@ -49,8 +50,13 @@ void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_poli
   engine->engine.decode(token, position, *policy, logits, stats);
 }
 
-void lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits) {
-  engine->engine.prefill(tokens, n, position, all_logits != 0, logits);
+int lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits) {
+  try {
+    engine->engine.prefill(tokens, n, position, all_logits != 0, logits);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
 }
 
 int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y) {
@@ -58,7 +64,11 @@ int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const
 }
 
 double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats) {
-  return engine->engine.read_bandwidth(bytes, repeats);
+  try {
+    return engine->engine.read_bandwidth(bytes, repeats);
+  } catch (const std::bad_alloc &) {
+    return 0;
+  }
 }
 
 }  // extern "C"

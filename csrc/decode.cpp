@@ -61,8 +61,8 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
       break;
     case LT_GATE:
       if (row % 4 == kDown && row < head_group()) {
-        const float *gate = gate_up_.data();
-        for (int64_t j = 0; j < g.in; ++j) sc[j] = std::fabs(gate[j] / (1.0f + std::exp(-gate[j])));
+        k_.swiglu(gate_up_.data(), ones_.data(), g.in, sc);
+        for (int64_t j = 0; j < g.in; ++j) sc[j] = std::fabs(sc[j]);
       } else {  // elsewhere a static choice: finite thresholds are passed by every channel
         std::fill(sc, sc + g.in, INFINITY);
       }
@@ -71,7 +71,8 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
       break;
     case LT_TOPK: {
       k_.scores(g, x, true, sc);
-      std::vector<float> rank(sc, sc + g.in);
+      float *rank = w.selection.rank.data();
+      std::copy(sc, sc + g.in, rank);
       for (int64_t s = 0; s < g.slices; ++s) {  // the count-th largest score is the last one read
         const int64_t count = std::clamp<int64_t>((int64_t)std::ceil(params[s] / factor), 0, g.in);
         if (count == 0) {
@@ -79,7 +80,7 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
         } else if (count == g.in) {
           out[s] = -1;
         } else {
-          std::nth_element(rank.begin(), rank.begin() + count, rank.end(), std::greater<float>());
+          std::nth_element(rank, rank + count, rank + g.in, std::greater<float>());
           out[s] = rank[count];
         }
       }

@@ -32,6 +32,7 @@ void Selection::reserve(int64_t max_in) {
   const size_t entries = (size_t)max_in * LT_MAX_SLICES + 16 + 4 * LT_MAX_SLICES;
   a.resize(channels);
   score.resize(channels);
+  rank.resize(channels);
   for (int l = 1; l <= LT_MAX_SLICES; ++l) {
     level_channel[l].resize(channels);
     level_value[l].resize(channels);

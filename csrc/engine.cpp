@@ -31,6 +31,7 @@ Engine::Engine(const lt_model &model, int threads, const Kernels *kernels)
   qkv_.resize((size_t)(q_rows + 2 * kv_rows));
   attended_.resize((size_t)q_rows);
   gate_up_.resize((size_t)(2 * m.intermediate));
+  ones_.assign((size_t)m.intermediate, 1.0f);
   cosine_.resize((size_t)(m.head_dim / 2));
   sine_.resize((size_t)(m.head_dim / 2));
   for (Worker &w : workers_) {

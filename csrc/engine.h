@@ -86,7 +86,7 @@ class Engine {
   std::vector<Worker> workers_;
   int64_t positions_;                               // of the cache, a multiple of 16
   ZeroedMemory keys_, values_, key_scales_, value_scales_;
-  std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
+  std::vector<float> x_, qkv_, attended_, gate_up_, ones_, cosine_, sine_;
   std::vector<int64_t> bits_;                       // per group, of the token in progress
   // Prefill buffers, [chunk, ...]
   std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;

@@ -22,7 +22,7 @@ constexpr int64_t kPassTiles = 24;
 struct Selection {
   int64_t in = 0, slices = 0;
   std::vector<float> a;                               // [in] centred input
-  std::vector<float> score;                           // [in] scratch for rules that rank
+  std::vector<float> score, rank;                     // [in] scratch for rules
   std::vector<uint32_t> level_channel[LT_MAX_SLICES + 1];  // channels by level
   std::vector<float> level_value[LT_MAX_SLICES + 1];       // a * c * gamma of the same channels
   int64_t level_count[LT_MAX_SLICES + 1] = {};

@@ -61,7 +61,7 @@ enum { LT_DENSE = 0, LT_CHANNEL_NORM = 1, LT_CHANNEL_ABS = 2, LT_GATE = 3, LT_TO
 typedef struct {
   int64_t rule;
   const float *params;           /* [layers * 4 + 1, LT_MAX_SLICES]; the head's row comes last */
-  double log2_offset;            /* thresholds are multiplied by 2^offset */
+  double log2_offset;            /* thresholds are multiplied by 2^offset, counts divided, z-scores moved by it */
 } lt_policy;
 
 typedef struct {
@@ -85,8 +85,9 @@ const char *lt_engine_isa(const lt_engine *engine);
 void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_policy *policy, float *logits,
                lt_stats *stats);
 
-/* Many tokens at once, all slices read. logits: f32 [vocab] of the last token, or [n, vocab] if all_logits. */
-void lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits);
+/* Many tokens at once, all slices read. logits: f32 [vocab] of the last token, or [n, vocab] if all_logits.
+ * Returns 0, or 1 where memory for it was lacking. */
+int lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits);
 
 /* One group on one input, for tests: x f32 [in], y: one f32 [out] buffer per linear layer. Returns bits read. */
 int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y);

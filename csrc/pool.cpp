@@ -21,10 +21,17 @@ inline void relax() {
 }  // namespace
 
 Pool::Pool(int threads) : size_(threads) {
-  for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { worker(i); });
+  try {
+    for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { worker(i); });
+  } catch (...) {  // the system gives no more threads: end those there are before telling
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;

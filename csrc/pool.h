@@ -25,6 +25,7 @@ class Pool {
 
  private:
   void worker(int index);
+  void stop();
 
   const int size_;
   std::vector<std::thread> threads_;

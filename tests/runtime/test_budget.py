@@ -57,8 +57,10 @@ def test_between_grid_points_scores_mix_in_log2_and_counts_linearly(artifact):
 
 def test_dense_is_a_rule_of_its_own(artifact):
     assert policy_params(artifact, None, None).rule == "dense"
-    assert policy_params(artifact, "dense", 5).rule == "dense"
+    assert policy_params(artifact, "dense", None).rule == "dense"
     assert policy_params(artifact, "topk:0,4", None).rule == "dense"
+    with pytest.raises(LowtideError, match="--policy dense reads everything: ask for --bits dense"):
+        policy_params(artifact, "dense", 5)
 
 
 @pytest.mark.parametrize("bits", [3.99, 6.01])

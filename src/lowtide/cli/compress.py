@@ -28,6 +28,10 @@ def compress(
     bits_max: Annotated[int, typer.Option(help="Bits per weight stored: 2, 4, 6 or 8.")] = 6,
     seed: Annotated[int, typer.Option(help="Of the sampled text.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Mask rule to store thresholds for, e.g. topk or channel-norm:0,6; repeat for several."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compress a model into an artifact that runs at any budget.
@@ -37,13 +41,24 @@ def compress(
     \b
     Examples:
       lowtide compress demo:smollm2 smollm2.lowtide
-      lowtide compress ./Llama-3.2-1B llama.lowtide --calibration wiki.txt --bits-max 6 --seed 1
+      lowtide compress ./Qwen2.5-1.5B qwen.lowtide --calibration wiki.txt --bits-max 6 --seed 1
+      lowtide compress demo:smollm2 smollm2.lowtide --policy channel-norm --policy channel-norm:0,6
     """
     from lowtide.cli.output import print_json
     from lowtide.compress import compress as run
+    from lowtide.compress.thresholds import DEFAULT_POLICIES
 
     with progress_bar() as progress:
-        figures = run(model, out, calibration=calibration, bits_max=bits_max, seed=seed, force=force, progress=progress)
+        figures = run(
+            model,
+            out,
+            calibration=calibration,
+            bits_max=bits_max,
+            seed=seed,
+            force=force,
+            policies=policy or DEFAULT_POLICIES,
+            progress=progress,
+        )
     if json:
         print_json(figures)
         return

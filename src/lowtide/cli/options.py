@@ -22,7 +22,7 @@ Policy: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", "-t", help="Worker threads. [default: all cores]")]
 Isa: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Instruction set: avx512, avx2 or portable. [default: LOWTIDE_ISA, or the best there is]"),
+    typer.Option(help="Instruction set: avx512, avx2, neondot, neon, portable. [default: LOWTIDE_ISA, or the best]"),
 ]
 Context: TypeAlias = Annotated[
     int | None, typer.Option(help="Tokens that the KV cache holds. [default: the model's maximum, at most 4096]")

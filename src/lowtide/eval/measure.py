@@ -124,7 +124,7 @@ def evaluate(
         if running is not engine:
             running.close()
     weights = all_weights(opened)
-    size = artifact_bytes(opened)
+    size = opened.stored_bytes()
     return {
         "windows": len(ids),
         "window": window,
@@ -164,11 +164,6 @@ def check_same_model(artifact: Artifact, source: Source) -> None:
 def all_weights(artifact: Artifact) -> int:
     """Weights of all matrices, a tied embedding counted once."""
     return sum(spec.weights for spec in group_specs(artifact.config))
-
-
-def artifact_bytes(artifact: Artifact) -> int:
-    """Bytes of all files of an artifact: weights, manifest, tokenizer, configs."""
-    return sum(p.stat().st_size for p in Path(artifact.path).rglob("*") if p.is_file())
 
 
 def _point(artifact: Artifact, policy: str | None, bits: float | str | None) -> _Point:

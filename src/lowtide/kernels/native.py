@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,8 @@ F32 = NDArray[np.float32]
 ABI_VERSION = 2
 MAX_SLICES = 4
 SHORT_PROMPT = 12
+MAX_CHANNELS = 65536
+"""Sums of digits times coefficients stay within 32 bits, and byte offsets too (with layers below 4 GiB)."""
 RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5}
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -128,6 +131,7 @@ class Engine:
         """
         config = artifact.config
         self._handle: int | None = None
+        self._lock = threading.Lock()  # ctypes lets other Python threads run during a call
         self.threads = default_threads() if threads is None else threads
         if not 1 <= self.threads <= 256:
             raise LowtideError(f"--threads {threads}: must be 1 to 256")
@@ -169,14 +173,9 @@ class Engine:
         params, keep = self._policy(policy)
         logits = np.empty(self.vocab_size if want_logits else 0, np.float32)
         stats = _Stats()
-        _library().lt_decode(
-            self._handle,
-            token,
-            pos,
-            ctypes.byref(params),
-            logits.ctypes.data if want_logits else None,
-            ctypes.byref(stats),
-        )
+        to = logits.ctypes.data if want_logits else None
+        with self._lock:
+            _library().lt_decode(self._handle, token, pos, ctypes.byref(params), to, ctypes.byref(stats))
         del keep
         head = stats.head_bits + stats.embed_bits
         return logits, DecodeStats(stats.body_bits, head, (stats.body_bits + head + 7) // 8 + stats.cache_bytes)
@@ -196,7 +195,12 @@ class Engine:
             rows = [self.decode(int(t), pos + i, self._dense, all_logits or i == last)[0] for i, t in enumerate(ids)]
             return np.stack(rows) if all_logits else rows[last]
         logits = np.empty((len(ids), self.vocab_size) if all_logits else self.vocab_size, np.float32)
-        _library().lt_prefill(self._handle, ids.ctypes.data, len(ids), pos, int(all_logits), logits.ctypes.data)
+        with self._lock:
+            failed = _library().lt_prefill(
+                self._handle, ids.ctypes.data, len(ids), pos, int(all_logits), logits.ctypes.data
+            )
+        if failed:
+            raise LowtideError("not enough memory to read the prompt: close something, or give a shorter one")
         return logits
 
     def group_product(self, index: int, x: F32, policy: PolicyParams) -> tuple[list[F32], int]:
@@ -205,12 +209,15 @@ class Engine:
         index counts groups in the artifact's order.
         """
         x = np.ascontiguousarray(x, np.float32)
+        if not 0 <= index < len(self._ins) - self._untied:
+            raise ValueError(f"group {index}: there are {len(self._ins) - self._untied} with thresholds")
         if x.shape != (self._ins[index],):
             raise ValueError(f"x must have shape ({self._ins[index]},), not {x.shape}")
         params, keep = self._policy(policy)
         outs = [np.empty(n, np.float32) for n in self._outs[index]]
         pointers = (_pointer * len(outs))(*(o.ctypes.data for o in outs))
-        bits = _library().lt_group_product(self._handle, index, x.ctypes.data, ctypes.byref(params), pointers)
+        with self._lock:
+            bits = _library().lt_group_product(self._handle, index, x.ctypes.data, ctypes.byref(params), pointers)
         del keep
         return outs, bits
 
@@ -220,9 +227,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the threads and frees the KV cache. Safe to call twice."""
-        if self._handle:
-            _library().lt_engine_free(self._handle)
-            self._handle = None
+        with self._lock:
+            if self._handle:
+                _library().lt_engine_free(self._handle)
+                self._handle = None
 
     def __del__(self) -> None:
         self.close()
@@ -286,6 +294,12 @@ class Engine:
         return contiguous.ctypes.data
 
     def _fill_group(self, entry: Any, group: GroupTensors) -> None:
+        stored = max(linear.weight.nbytes for linear in group.linears)
+        if group.in_features > MAX_CHANNELS or stored >= 1 << 32:
+            raise LowtideError(
+                f"{group.name}: {group.in_features} channels and {stored} bytes in one layer; the native engine takes "
+                f"{MAX_CHANNELS} and 4 GiB at most"
+            )
         entry.in_ = group.in_features
         entry.slices = group.slices
         entry.linear_count = len(group.linears)

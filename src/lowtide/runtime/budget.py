@@ -72,6 +72,8 @@ def policy_params(artifact: Artifact, policy: str | None, bits: float | None) ->
     manifest = artifact.manifest
     groups = [g for name, g in artifact.groups.items() if name != "embed"]
     index = _policy_index(manifest, policy)
+    if bits is not None and index is None and policy is not None:
+        raise LowtideError("--policy dense reads everything: ask for --bits dense")
     if bits is None or index is None:
         return PolicyParams("dense", np.zeros((len(groups), manifest.slices), np.float32))
     grid = manifest.budgets

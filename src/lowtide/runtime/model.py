@@ -68,7 +68,7 @@ def load(
     Args:
         path: folder made by `lowtide compress`.
         threads: worker threads; None lets the engine choose.
-        isa: instruction set ("avx512", "avx2", "portable"); None takes LOWTIDE_ISA or the best one.
+        isa: instruction set ("avx512", "avx2", "neondot", "neon", "portable"); None takes LOWTIDE_ISA or the best one.
         context: tokens that the KV cache holds; None takes the model's own maximum, at most 4096.
         cache_bits: bits of cached keys and values: 16, or 8 for half the memory.
 
