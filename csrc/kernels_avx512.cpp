@@ -2,6 +2,7 @@
 #define LT_NS lowtide_avx512
 #define LT_NAME "avx512"
 #define LT_OWN_GEMM
+#define LT_OWN_ORDER
 #include <immintrin.h>
 
 #include "kernels.h"

@@ -5,7 +5,8 @@
 // which sums coef * digit over n entries (a multiple of 4) for `wide` tiles of 256 rows and then `narrow` tiles of 64,
 // asking memory for entries `ahead` places later as it goes; and
 //   in_order(acc, tile, wide, out)
-// which gives the 256 (64) sums of one of those tiles in the order of its rows.
+// which gives the 256 (64) sums of one of those tiles in the order of its rows, and then defines LT_OWN_ORDER;
+// without it the sums are taken as they lie.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -25,6 +26,16 @@ using lowtide::kAheadBytes;
 using lowtide::kBlock;
 using lowtide::Selection;
 using lowtide::Tiling;
+
+#if !defined(LT_OWN_ORDER)  // digits() left the sums in the order of the rows
+static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
+  if (tile < wide) {
+    std::memcpy(out, acc + tile * 256, 256 * sizeof(int32_t));
+  } else {
+    std::memcpy(out, acc + wide * 256 + (tile - wide) * 64, 64 * sizeof(int32_t));
+  }
+}
+#endif
 
 static void add(const float *x, int64_t n, float *y) {
   for (int64_t i = 0; i < n; i += 16) store_part(y + i, load_part(y + i, n - i) + load_part(x + i, n - i), n - i);

@@ -2,6 +2,7 @@
 #define LT_NS lowtide_neondot
 #define LT_NAME "neondot"
 #define LT_OWN_GEMM
+#define LT_OWN_ORDER
 #include <arm_neon.h>
 #include <sys/auxv.h>
 

@@ -24,14 +24,6 @@ static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *co
     one_tile<16>(base + wide * 64 + t * 16, offset, coef, n, acc + wide * 256 + t * 64);
 }
 
-static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
-  if (tile < wide) {
-    std::memcpy(out, acc + tile * 256, 256 * sizeof(int32_t));
-  } else {
-    std::memcpy(out, acc + wide * 256 + (tile - wide) * 64, 64 * sizeof(int32_t));
-  }
-}
-
 }  // namespace LT_NS
 
 #include "kernels_impl.h"

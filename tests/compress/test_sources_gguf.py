@@ -102,7 +102,7 @@ def test_files_that_are_no_gguf(tmp_path):
     for name, data, message in (
         ("empty.gguf", b"", "the file is empty"),
         ("text.gguf", b"hello there", "not a GGUF file"),
-        ("stub.gguf", b"GGUF\x03\x00\x00\x00", "not a readable GGUF file"),
+        ("header_only.gguf", b"GGUF\x03\x00\x00\x00", "not a readable GGUF file"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(LowtideError, match=message):

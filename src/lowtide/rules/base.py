@@ -8,6 +8,7 @@ level S everything that is stored; a binary mask is the special case in which on
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ class GroupStats:
         return cls(mean, importance, int(group.slices), exact if exact.any() else None)
 
 
-class Rule:
+class Rule(ABC):
     """One mask rule. Subclasses give `score`; those that do not compare scores with thresholds override `levels`."""
 
     name: ClassVar[str]
@@ -54,9 +55,9 @@ class Rule:
     needs_gate: ClassVar[bool] = False
     """Whether the rule looks at the activated gate projection (passed as `gate` for the group `down`)."""
 
+    @abstractmethod
     def score(self, stats: GroupStats, x: Array, gate: Array | None = None) -> Array:
         """Scores f32 [..., in] of the channels for the inputs x f32 [..., in]; gate like x, or None."""
-        raise NotImplementedError
 
     def levels(self, stats: GroupStats, x: Array, params: Array, gate: Array | None = None) -> Array:
         """Levels int32 [..., in] in 0..S for the inputs x f32 [..., in] and params f32 [S] (score thresholds here)."""
