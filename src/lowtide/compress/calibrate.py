@@ -31,7 +31,8 @@ class GroupStats:
 
     mean, second: f64 [in], E[x] and E[x^2]; fisher: f64 [out], mean squared gradient of the summed loss (nats^2);
     sample: f32 [n, in], the inputs of every fourth token; gate: f32 [n, in], |silu(gate)| of the same tokens
-    (group `down` only).
+    (group `down` only); hessian: f32 [in, in], E[x x'], if asked for; weighted: f32 [in, in], E[s x x'], every token
+    weighed by s, its share of the squared gradient at the group's outputs (mean 1).
     """
 
     mean: torch.Tensor
@@ -39,18 +40,30 @@ class GroupStats:
     fisher: torch.Tensor
     sample: torch.Tensor
     gate: torch.Tensor | None = None
+    hessian: torch.Tensor | None = None
+    weighted: torch.Tensor | None = None
 
 
 @dataclass
 class _Sums:
-    """Running sums of one group."""
+    """Running sums of one group; `hessians`: those of the outer products of inputs, too."""
 
+    hessians: bool = False
     count: int = 0
     x: torch.Tensor | float = 0.0
     x2: torch.Tensor | float = 0.0
     g2: torch.Tensor | float = 0.0
     sample: list[torch.Tensor] = field(default_factory=list)
     gate: list[torch.Tensor] = field(default_factory=list)
+    say: float = 0.0
+    xx: torch.Tensor | float = 0.0
+    sxx: torch.Tensor | float = 0.0
+
+    def add_outer(self, x: torch.Tensor, say: torch.Tensor) -> None:
+        """Take in inputs [n, in] and each token's weight [n] for the Hessians."""
+        self.xx = self.xx + x.T @ x
+        self.sxx = self.sxx + (x * say[:, None]).T @ x
+        self.say += float(say.sum())
 
     def add(self, x: torch.Tensor, g2: torch.Tensor) -> None:
         """Take in inputs [n, in] and the sum over tokens of squared output gradients [out]."""
@@ -68,7 +81,13 @@ class _Sums:
         """The averages."""
         n = self.count
         gate = torch.cat(self.gate) if self.gate else None
-        return GroupStats(_tensor(self.x) / n, _tensor(self.x2) / n, _tensor(self.g2) / n, torch.cat(self.sample), gate)
+        result = GroupStats(
+            _tensor(self.x) / n, _tensor(self.x2) / n, _tensor(self.g2) / n, torch.cat(self.sample), gate
+        )
+        if self.hessians:
+            result.hessian = _tensor(self.xx) / n
+            result.weighted = _tensor(self.sxx) / max(self.say, 1e-30)
+        return result
 
 
 def _tensor(value: torch.Tensor | float) -> torch.Tensor:
@@ -76,7 +95,9 @@ def _tensor(value: torch.Tensor | float) -> torch.Tensor:
     return value
 
 
-def head_pass(model: DenseModel, states: torch.Tensor, seed: int) -> tuple[torch.Tensor, GroupStats]:
+def head_pass(
+    model: DenseModel, states: torch.Tensor, seed: int, hessians: bool = False
+) -> tuple[torch.Tensor, GroupStats]:
     """Through the output head and the final norm.
 
     states: f32 [B, N, D], what the final norm reads. Returns the loss's gradient there (same shape) and the head's
@@ -86,7 +107,7 @@ def head_pass(model: DenseModel, states: torch.Tensor, seed: int) -> tuple[torch
     weight = model.head_weight
     flat = states.reshape(-1, states.shape[-1])
     grad = torch.empty_like(flat)
-    sums = _Sums()
+    sums = _Sums(hessians)
     for start in range(0, flat.shape[0], HEAD_CHUNK):
         part = flat[start : start + HEAD_CHUNK].detach().requires_grad_(True)
         with torch.enable_grad():
@@ -95,6 +116,8 @@ def head_pass(model: DenseModel, states: torch.Tensor, seed: int) -> tuple[torch
             p = torch.softmax(F.linear(x, weight), -1)
             labels = torch.multinomial(p, 1, generator=generator)
             sums.add(x.detach(), (p * (1 - p)).sum(0, dtype=torch.float64))
+            if hessians:
+                sums.add_outer(x.detach(), (p * (1 - p)).sum(1))
             p.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=p.dtype))  # softmax - one-hot
             at_norm = p @ weight
         (grad[start : start + HEAD_CHUNK],) = torch.autograd.grad(x, part, at_norm)
@@ -102,15 +125,15 @@ def head_pass(model: DenseModel, states: torch.Tensor, seed: int) -> tuple[torch
 
 
 def block_pass(
-    model: DenseModel, block: Block, states: torch.Tensor, grad_out: torch.Tensor
+    model: DenseModel, block: Block, states: torch.Tensor, grad_out: torch.Tensor, hessians: bool = False
 ) -> tuple[torch.Tensor, dict[str, GroupStats]]:
     """Back through one block: its input and the gradient at its output -> the gradient at its input, statistics.
 
-    states, grad_out: f32 [B, N, D].
+    states, grad_out: f32 [B, N, D]. hessians: gather the groups' Hessians, too.
     """
     rope = rope_tables(model.config, 0, states.shape[1])
     norms = (block.input_norm, block.post_norm)
-    sums = {group: _Sums() for group in block.weights}
+    sums = {group: _Sums(hessians) for group in block.weights}
     grad_in = torch.empty_like(states)
     for row in range(states.shape[0]):
         seen: _Seen = {}
@@ -131,5 +154,8 @@ def block_pass(
         sums["down"].gate.append(gate[sums["down"].offset() :: SAMPLE_STRIDE].clone())
         for group, (inputs, y) in seen.items():
             assert y.grad is not None
-            sums[group].add(inputs, y.grad[0].pow(2).sum(0, dtype=torch.float64))
+            squared = y.grad[0].pow(2)
+            sums[group].add(inputs, squared.sum(0, dtype=torch.float64))
+            if hessians:
+                sums[group].add_outer(inputs, squared.mean(1))
     return grad_in, {group: s.result() for group, s in sums.items()}

@@ -1,0 +1,1 @@
+"""Static pruning: rules that say which weights of a layer may go."""
