@@ -28,6 +28,8 @@ class LayerProblem:
         hessian: f32 [in, in], E[x x'].
         weighted: f32 [in, in], E[s x x'], s the token's share of the squared output gradient (mean 1).
         seed: for rules that draw random numbers.
+        target: f32 [out, in] or None: the weights that best give the dense model's outputs from these inputs, where
+            the inputs come from a model already pruned in part; None where they are the dense model's own.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerProblem:
     hessian: torch.Tensor
     weighted: torch.Tensor
     seed: int = 0
+    target: torch.Tensor | None = None
 
 
 @dataclass
