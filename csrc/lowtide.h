@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 #define LT_MAX_SLICES 4
-#define LT_ABI_VERSION 2
+#define LT_ABI_VERSION 3
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -94,6 +94,30 @@ int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const
 
 /* Bytes per second read from memory by the engine's threads: a probe to hold figures against. */
 double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats);
+
+/* The entropy code of graded weights, docs/entropy.md. q: u8 [out, in] below 4^slices. row_class u8 [out], col_class
+ * u8 [in]. tables: for slice s u64 [48, 4^s], each the three starts of digits 1 to 3 and 2^14, 16 bits each, digit 1
+ * lowest; starts never fall. Chunks are chunk_channels whole channels, the last maybe fewer. */
+enum { LT_ENTROPY_NO_FREQUENCY = 100, LT_ENTROPY_NO_MEMORY = 101, LT_ENTROPY_NO_ISA = 102 };
+
+int64_t lt_entropy_chunk_channels(int64_t out, int64_t in);
+
+/* Adds to counts, i64 [48, 4^slices]. */
+void lt_entropy_histogram(const uint8_t *q, int64_t out, int64_t in, int64_t slices, const uint8_t *row_class,
+                          const uint8_t *col_class, int64_t *counts);
+
+/* One chunk, all slices: buffers[s] holds at least 2 * weights of the chunk + 64 bytes, sizes[s] of them are written.
+ * Returns 0, LT_ENTROPY_NO_MEMORY, or LT_ENTROPY_NO_FREQUENCY where a digit occurs that its table gives none. */
+int lt_entropy_encode(const uint8_t *q, int64_t out, int64_t in, int64_t slices, const uint8_t *row_class,
+                      const uint8_t *col_class, const uint64_t *const *tables, int64_t chunk, uint8_t *const *buffers,
+                      int64_t *sizes);
+
+/* One chunk of the first `levels` slices. streams: one for each slice, head and chunks, sizes in bytes. packed[s]: the
+ * whole slice, u8 [in * out_pad / 4], of which the chunk's channels are written. isa as for lt_engine_new. The streams
+ * need not be valid: returns 0, or 1 + the slice whose stream does not fit, LT_ENTROPY_NO_MEMORY or _NO_ISA. */
+int lt_entropy_decode(const uint8_t *const *streams, const int64_t *sizes, int64_t levels, int64_t out, int64_t in,
+                      const uint8_t *row_class, const uint8_t *col_class, const uint64_t *const *tables, int64_t chunk,
+                      uint8_t *const *packed, const char *isa);
 
 #ifdef __cplusplus
 }

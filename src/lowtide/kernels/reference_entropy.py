@@ -1,0 +1,134 @@
+"""The entropy coder in plain numpy: the specification that csrc/entropy.cpp matches byte for byte. Slow; for tests.
+
+rANS after J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540), states interleaved after F. Giesen, "Interleaved
+entropy coders" (arXiv:1402.3392). Row i of a channel belongs to lane i mod LANES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowtide.errors import LowtideError
+from lowtide.format.entropy import PROB_BITS, TOTAL, Tables, contexts
+
+U8 = NDArray[np.uint8]
+I64 = NDArray[np.int64]
+
+LANES = 16
+LOW = 1 << 16
+CHUNK_WEIGHTS = 1 << 20
+
+
+def chunk_channels(out: int, inputs: int) -> int:
+    """Channels of every chunk but the last: at most CHUNK_WEIGHTS weights, at least one channel, evenly shared."""
+    count = -(-inputs // max(1, CHUNK_WEIGHTS // out))
+    return -(-inputs // count)
+
+
+def chunks(out: int, inputs: int) -> list[tuple[int, int]]:
+    """(first channel, channel after the last) of each chunk."""
+    width = chunk_channels(out, inputs)
+    return [(first, min(first + width, inputs)) for first in range(0, inputs, width)]
+
+
+def encode(q: U8, row_class: U8, col_class: U8, tables: Tables) -> list[bytes]:
+    """As `lowtide.kernels.entropy.encode`."""
+    out, inputs = q.shape
+    context = contexts(row_class, col_class).astype(np.int64)
+    streams = []
+    for s in range(tables.slices):
+        known = q.astype(np.int64) >> 2 * (tables.slices - 1 - s)
+        parts = [_encode_chunk(known[:, a:b], context[:, a:b], tables.frequencies[s]) for a, b in chunks(out, inputs)]
+        streams.append(np.array([len(parts), *map(len, parts)], "<u4").tobytes() + b"".join(parts))
+    return streams
+
+
+def _steps(out: int, channels: int) -> Iterator[tuple[int, slice]]:
+    """(channel, rows) of each step of up to LANES weights, in the order of decoding."""
+    for channel in range(channels):
+        for first in range(0, out, LANES):
+            yield channel, slice(first, min(first + LANES, out))
+
+
+def _encode_chunk(known: I64, context: I64, frequencies: I64) -> bytes:
+    """known int64 [out, channels]: the digits up to this slice's as one integer, the last one to be coded."""
+    state = np.full(LANES, LOW, np.int64)
+    words: list[int] = []
+    for channel, rows in reversed(list(_steps(*known.shape))):
+        prefix, digit = known[rows, channel] >> 2, known[rows, channel] & 3
+        table = frequencies[context[rows, channel], prefix]
+        frequency = np.take_along_axis(table, digit[:, None], 1)[:, 0]
+        start = np.take_along_axis(table.cumsum(1) - table, digit[:, None], 1)[:, 0]
+        if (frequency == 0).any():
+            raise LowtideError("an integer has no frequency in its table; fit the tables to all matrices they code")
+        x = state[: len(digit)]
+        full = x >= frequency << (32 - PROB_BITS)
+        words += (x[full] & 0xFFFF).tolist()[::-1]
+        x = np.where(full, x >> 16, x)
+        state[: len(digit)] = (x // frequency << PROB_BITS) + x % frequency + start
+    return state.astype("<u4").tobytes() + np.array(words[::-1], "<u2").tobytes()
+
+
+def decode_q(
+    streams: Sequence[bytes],
+    row_class: U8,
+    col_class: U8,
+    tables: Tables,
+    out: int,
+    inputs: int,
+    where: str = "graded weights",
+) -> U8:
+    """As `lowtide.kernels.entropy.decode_q`."""
+    context = contexts(row_class, col_class).astype(np.int64)
+    known = np.zeros((out, inputs), np.int64)
+    for s, stream in enumerate(streams):
+        spans = chunks(out, inputs)
+        parts = _split(stream, len(spans))
+        if parts is None or not all(
+            _decode_chunk(part, known[:, a:b], context[:, a:b], tables.frequencies[s])
+            for part, (a, b) in zip(parts, spans, strict=True)
+        ):
+            raise LowtideError(f"{where}: the coded weights are damaged; get the file again")
+    return (known << 2 * (tables.slices - len(streams))).astype(np.uint8)
+
+
+def _split(stream: bytes, count: int) -> list[bytes] | None:
+    """The chunks of one slice's stream, or None where its head does not fit."""
+    if len(stream) < 4 + 4 * count:
+        return None
+    head = np.frombuffer(stream, "<u4", 1 + count).astype(np.int64)
+    cuts = 4 + 4 * count + np.concatenate([[0], np.cumsum(head[1:])])
+    if head[0] != count or cuts[-1] != len(stream):
+        return None
+    return [stream[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _decode_chunk(data: bytes, known: I64, context: I64, frequencies: I64) -> bool:
+    """Appends the slice's digits to known int64 [out, channels]; False where the data do not fit."""
+    if len(data) < 4 * LANES or len(data) % 2:
+        return False
+    state = np.frombuffer(data, "<u4", LANES).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * LANES).astype(np.int64)
+    if (state < LOW).any():
+        return False
+    at = 0
+    for channel, rows in _steps(*known.shape):
+        table = frequencies[context[rows, channel], known[rows, channel]]
+        x, ends = state[: len(table)], table.cumsum(1)
+        slot = x & (TOTAL - 1)
+        digit = (slot[:, None] >= ends[:, :3]).sum(1)
+        frequency = np.take_along_axis(table, digit[:, None], 1)[:, 0]
+        start = np.take_along_axis(ends - table, digit[:, None], 1)[:, 0]
+        x = frequency * (x >> PROB_BITS) + slot - start
+        refill = x < LOW
+        taken = words[at : at + int(refill.sum())]
+        if len(taken) < refill.sum():
+            return False
+        x[refill] = x[refill] << 16 | taken
+        at += len(taken)
+        state[: len(table)] = x
+        known[rows, channel] = known[rows, channel] << 2 | digit
+    return at == len(words) and bool((state == LOW).all())
