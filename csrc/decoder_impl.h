@@ -156,7 +156,7 @@ static void embed(const lt_group &g, const lt_linear &l, int64_t row, float *y) 
   const int64_t bytes = t.width(index) / 4, inside = row - t.first(index), run = t.run_bytes(), plane = run * g.in;
   const uint8_t *base = l.weight + t.byte_offset(index) + inside % bytes;
   const int shift = (int)(inside / bytes) * 2;
-  const int64_t middle = (((int64_t)1 << (2 * g.slices)) - 1);
+  const int64_t middle = lowtide::doubled_centre(g);
   const float unit = std::ldexp(1.0f, -2 * (int)(g.slices - 1)) * 0.5f, r = half_to_float(l.row_scale[row]);
   for (int64_t j = 0; j < g.in; ++j) {
     int64_t code = 0;

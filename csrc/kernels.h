@@ -32,7 +32,7 @@ struct Selection {
   std::vector<uint32_t> offset;                       // [entries + kAhead * kBlock] scratch: byte offsets into one matrix
   int64_t class_begin[LT_MAX_SLICES + 1] = {};        // entry where each class begins
   float class_scale[LT_MAX_SLICES] = {};              // S_k
-  int32_t class_sum[LT_MAX_SLICES] = {};              // sum of the coefficients
+  int32_t class_sum[LT_MAX_SLICES] = {};              // sum of the coefficients, each times its slice's centre
   void reserve(int64_t max_in);
   int64_t read_levels() const {                       // sum over channels of the level
     int64_t n = 0;
@@ -104,6 +104,13 @@ struct Tiling {
   int64_t run_bytes() const { return pad / 4; }            // one channel of one slice
   int64_t byte_offset(int64_t t) const { return first(t) / 4; }  // of a tile within a run
 };
+
+// Twice the whole code that means a weight of zero.
+inline int32_t doubled_centre(const lt_group &g) {
+  int32_t centre = 0;
+  for (int64_t s = 0; s < g.slices; ++s) centre = 4 * centre + (int32_t)g.centre[s];
+  return centre;
+}
 
 // A row of the value cache.
 inline int64_t padded_head(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }

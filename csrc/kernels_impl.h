@@ -105,7 +105,7 @@ static void tiles(const lt_group &g, const lt_linear &l, const Selection &s, int
     const int64_t first = s.class_begin[k], n = s.class_begin[k + 1] - first;
     if (!n) continue;
     digits(base, s.offset.data() + first, s.coef.data() + first, n, ahead * kBlock, wide, narrow, acc);
-    const i32x16 shift = splat_int(3 * s.class_sum[k]);
+    const i32x16 shift = splat_int(s.class_sum[k]);
     const f32x16 scale = splat(s.class_scale[k]);
     float *to = sum;
     for (int64_t i = 0; i < end - begin; ++i) {

@@ -35,6 +35,7 @@ typedef struct {
   int64_t linear_count;          /* 1 to 3 */
   int64_t exact_count;
   int64_t side_bits;             /* bits read whatever the mask is */
+  int64_t centre[LT_MAX_SLICES]; /* twice the digit that means nothing, slice by slice: 3, or 4 and 2 in turn */
   const uint16_t *mean;          /* f16 [in] */
   const uint16_t *col_scale;     /* f16 [in] */
   const uint16_t *importance;    /* f16 [in] */

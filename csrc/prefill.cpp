@@ -22,7 +22,7 @@ void Engine::centre(int tid, const lt_group &g, const float *x, int64_t n) {
 // One tile for all tokens: `rows` tokens' products in w.block, [part of 64 rows][token][64].
 void Engine::dense_tile(Worker &w, const lt_group &g, const lt_linear &l, int64_t tile, int64_t n) {
   const int64_t width = Tiling(l.out).width(tile), blocks = blocks_of(g.in);
-  const int32_t middle = (int32_t)(((int64_t)1 << (2 * g.slices)) - 1);
+  const int32_t middle = doubled_centre(g);
   std::fill(w.block.begin(), w.block.begin() + n * width, 0.0f);
   for (int64_t part = 0; part < width; part += 64)
     for (int64_t b = 0; b < blocks; ++b) {

@@ -88,7 +88,7 @@ static int32_t emit(Selection &s, int level, int slice, float inv, int64_t entry
   return sum;
 }
 
-static void make_classes(Selection &s) {
+static void make_classes(const lt_group &g, Selection &s) {
   int64_t entry = 0;
   for (int k = 0; k < s.slices; ++k) {
     float m = 0;
@@ -104,7 +104,7 @@ static void make_classes(Selection &s) {
       const float inv = 127.0f / m;
       s.class_scale[k] = m / 127.0f * 0.5f;
       for (int slice = 0; k + slice < s.slices; ++slice) {
-        s.class_sum[k] += emit(s, k + slice + 1, slice, inv, entry);
+        s.class_sum[k] += (int32_t)g.centre[slice] * emit(s, k + slice + 1, slice, inv, entry);
         entry += s.level_count[k + slice + 1];
       }
       for (; entry % 4; ++entry) {  // padding reads a line that is read anyway and adds nothing
@@ -132,7 +132,7 @@ static void select(const lt_group &g, const float *x, const float *score, const 
     for (int l = 1; l <= g.slices; ++l) factor = sc > splat(thresholds[l - 1]) ? shrink[l] : factor;
     append(s, j, n, a * load_half_part(g.col_scale + j, n) * factor, sc, thresholds);
   }
-  make_classes(s);
+  make_classes(g, s);
 }
 
 }  // namespace LT_NS

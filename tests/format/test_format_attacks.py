@@ -231,8 +231,8 @@ def test_path_escaping_the_folder(folder: Path, escape: str) -> None:
 
 
 def test_newer_format_version(folder: Path) -> None:
-    write_manifest(folder, {"format_version": 2, "something": "else"})
-    refuse(folder, "format_version 2 is newer than 1; update lowtide")
+    write_manifest(folder, {"format_version": 3, "something": "else"})
+    refuse(folder, "format_version 3 is newer than 2; update lowtide")
 
 
 def test_duplicate_keys(folder: Path) -> None:
@@ -246,7 +246,7 @@ def test_duplicate_keys(folder: Path) -> None:
     [
         ({"quantization_config": None}, "quantization_config"),
         ({"quantization_config": {"quant_method": "gptq", "format_version": 1}}, "quantization_config"),
-        ({"quantization_config": {"quant_method": "lowtide", "format_version": 2}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "lowtide", "format_version": 3}}, "quantization_config"),
         ({"vocab_size": 131}, "another model"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"architectures": ["EvilForCausalLM"]}, "unknown architecture 'EvilForCausalLM'"),
@@ -261,7 +261,7 @@ def test_config_that_does_not_fit(folder: Path, change: dict[str, Any], message:
 
 def test_config_marks_the_format(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_bytes())
-    assert config["quantization_config"] == {"quant_method": "lowtide", "format_version": 1}
+    assert config["quantization_config"] == {"quant_method": "lowtide", "format_version": 2}
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 

@@ -80,7 +80,7 @@ class DocReader:
         digest = hashlib.sha256(text).hexdigest()
         assert (folder / "lowtide.json.sha256").read_bytes() == f"{digest}  lowtide.json\n".encode()
         self.manifest = json.loads(text)
-        assert self.manifest["format_version"] == 1
+        assert self.manifest["format_version"] == 2
         for path, entry in self.manifest["files"].items():
             data = (folder / path).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])

@@ -24,7 +24,7 @@ def test_round_trip(tiny_artifact: Path) -> None:
     manifest = Manifest.from_json(data)
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.to_json() == data
-    assert (manifest.format_version, manifest.slices, manifest.policies) == (1, 3, ["channel-norm"])
+    assert (manifest.format_version, manifest.slices, manifest.policies) == (2, 3, ["channel-norm"])
     assert manifest.stats == {"source": "tiny", "seed": 0}
     assert manifest.tensors[f"{Q}.weight"].shape == (3, 48 * 64 // 4)
     assert next(iter(json.loads(data))) == "format_version"
@@ -61,7 +61,7 @@ def drop(*path: str) -> Change:
 
 FILE = {"bytes": 1, "sha256": SHA}
 BAD: list[tuple[Change, str]] = [
-    (put("format_version", value=2), "format_version 2 is newer than 1; update lowtide"),
+    (put("format_version", value=3), "format_version 3 is newer than 2; update lowtide"),
     (put("format_version", value=10**40), "format_version"),
     (put("format_version", value=0), "format_version must be a whole number"),
     (put("format_version", value=True), "format_version must be"),

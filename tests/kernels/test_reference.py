@@ -209,7 +209,7 @@ def test_digit_sums_stay_exact_for_very_wide_layers():
     planes = np.full((1, width, 2), 3, np.uint8)
     planes[0, 0, 1] = 2
     coef, levels = np.full((1, 1, width), 127, np.int8), np.ones((1, width), np.int32)
-    total = ops.digit_sums(planes, coef, levels, 0)
+    total = ops.digit_sums(planes, coef, levels, 0, (3,))
     np.testing.assert_array_equal(total, [[127 * 3 * width, 127 * 3 * width - 254]])
 
 

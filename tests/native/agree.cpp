@@ -78,8 +78,8 @@ struct Group {
   std::vector<int32_t> exact_channels;
   std::vector<Linear> linear;
   lt_group view() const {
-    lt_group g{in, slices, (int64_t)linear.size(), (int64_t)exact_channels.size(), 1000, mean.data(), col_scale.data(),
-               importance.data(), shrink.data(), exact_channels.data(), {}};
+    lt_group g{in, slices, (int64_t)linear.size(), (int64_t)exact_channels.size(), 1000, {3, 3, 3, 3}, mean.data(),
+               col_scale.data(), importance.data(), shrink.data(), exact_channels.data(), {}};
     for (size_t i = 0; i < linear.size(); ++i) g.linear[i] = linear[i].view();
     return g;
   }

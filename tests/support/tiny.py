@@ -31,6 +31,7 @@ class Tiny:
         exact: exact channels of each group.
         outliers: share of weights kept as outliers.
         force: passed to ArtifactWriter.
+        zero, coding: fields of the manifest.
     """
 
     hidden: int = 48
@@ -51,6 +52,8 @@ class Tiny:
     tokenizer: bool = True
     seed: int = 0
     force: bool = False
+    zero: bool = False
+    coding: str = "packed"
 
     def config(self) -> ModelConfig:
         return ModelConfig(
@@ -106,6 +109,8 @@ def make_artifact(path: str | Path, base: Tiny = DEFAULT, **options: Any) -> Pat
             policies=list(tiny.policies),
             model_id="0123456789abcdef" * 4,
             stats={"source": "tiny", "seed": tiny.seed},
+            zero=tiny.zero,
+            coding=tiny.coding,
         )
     return Path(path)
 
@@ -144,6 +149,7 @@ def make_group(spec: GroupSpec, tiny: Tiny, rng: np.random.Generator) -> GroupTe
         linears.append(_linear(linear.name, dense, bias, exact, col_scale, tiny, rng))
     shrink = np.linspace(0.9, 1.0, tiny.slices, dtype=np.float32)
     return GroupTensors(
+        zero=tiny.zero,
         name=spec.name,
         in_features=inputs,
         slices=tiny.slices,

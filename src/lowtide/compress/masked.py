@@ -22,7 +22,7 @@ from lowtide.rules import GroupStats, Rule
 
 @dataclass
 class _Group:
-    """One group unpacked for torch: digit planes f32 [S, out, in] holding d - 1.5, scales, exact parts."""
+    """One group unpacked for torch: digit planes f32 [S, out, in] holding d - centre, scales, exact parts."""
 
     planes: torch.Tensor
     row_scale: torch.Tensor
@@ -41,7 +41,8 @@ def _unpack(group: GroupTensors) -> _Group:
     planes, outliers = [], []
     for linear in group.linears:
         digits = codec.digit_planes(linear.weight, linear.out_features, group.in_features)
-        planes.append(torch.from_numpy(digits.astype(np.float32) - np.float32(1.5)))
+        centres = np.array(group.centres, np.float32)[:, None, None] / 2
+        planes.append(torch.from_numpy(digits.astype(np.float32) - centres))
         extra = np.zeros((linear.out_features, group.in_features), np.float32)
         rows, cols, values = linear.outliers()
         extra[rows, cols] = values

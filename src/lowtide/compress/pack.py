@@ -132,7 +132,7 @@ class WorkFolder:
     def load_group(self, spec: GroupSpec, slices: int) -> GroupTensors:
         """A finished group, thresholds still missing."""
         arrays = self._arrays(spec)
-        own = {f: arrays[f"lowtide.{spec.name}.{f}"] for f in GROUP_FIELDS if f != "thresholds"}
+        own: dict[str, Any] = {f: arrays[f"lowtide.{spec.name}.{f}"] for f in GROUP_FIELDS if f != "thresholds"}
         linears = []
         for linear in spec.linears:
             fields = {f: arrays[f"{linear.name}.{f}"] for f in LINEAR_FIELDS}

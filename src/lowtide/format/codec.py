@@ -18,6 +18,25 @@ MAX_SLICES = 4
 MAX_GAP = 255
 
 
+def centres(slices: int, zero: bool) -> tuple[int, ...]:
+    """Twice the digit that means nothing, slice by slice, coarsest first; [S].
+
+    Without `zero`, 3: a weight of zero lies between the digits 1 and 2, and a level reads the middle of four steps.
+    With `zero`, 4 and 2 in turn: one digit of every slice means exactly zero, so that a pruned weight is zero at every
+    level; in turn, so that zero lies near the middle of the codes that share a prefix.
+    """
+    _check_slices(slices)
+    return tuple(4 - 2 * (s % 2) if zero else 3 for s in range(slices))
+
+
+def doubled_centre(centres: tuple[int, ...]) -> int:
+    """Twice the code that means a weight of zero: 4^S - 1, or with `zero` 4, 18, 76 or 306."""
+    code = 0
+    for centre in centres:
+        code = 4 * code + centre
+    return code
+
+
 def padded_rows(out: int) -> int:
     """out_pad: rows rounded up to a multiple of 64."""
     return -(-out // SMALL_TILE_ROWS) * SMALL_TILE_ROWS

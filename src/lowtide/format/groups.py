@@ -90,6 +90,7 @@ class GroupTensors:
         exact_channels: int32 [E], strictly ascending.
         thresholds: float32 [P, B, S], ascending along S; [0, 0, S] for `embed`, which stores none.
         linears: the member layers in the order of `arch.GROUPS`.
+        zero: a digit of each slice means exactly zero (see `codec.centres`).
     """
 
     name: str
@@ -102,6 +103,12 @@ class GroupTensors:
     exact_channels: NDArray[np.int32]
     thresholds: F32
     linears: list[LinearTensors]
+    zero: bool = False
+
+    @property
+    def centres(self) -> tuple[int, ...]:
+        """Twice the digit that means nothing, slice by slice, [S]."""
+        return codec.centres(self.slices, self.zero)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Every stored tensor under its name in the file."""
@@ -127,8 +134,9 @@ class GroupTensors:
     def dequantise(self, linear_index: int, level: int) -> F32:
         """What the digits say when every channel is read at one level: w_L, float32 [out, in].
 
-        `r_i * c_j * gamma_L * sum_{s<L} (d_ijs - 1.5) * 4^-s`; level 0 is zero. Columns of exact channels are zero,
-        because those are always at level 0. Outliers and exact columns are not in it: add `exact_part`.
+        `r_i * c_j * gamma_L * sum_{s<L} (d_ijs - t_s) * 4^-s`, 2 t = `centres`; level 0 is zero. Columns of exact
+        channels are zero, because those are always at level 0. Outliers and exact columns are not in it: add
+        `exact_part`.
         """
         if not 0 <= level <= self.slices:
             raise ValueError(f"level must be 0 to {self.slices}, not {level}")
@@ -136,7 +144,7 @@ class GroupTensors:
         shape = (linear.out_features, self.in_features)
         if level == 0:
             return np.zeros(shape, np.float32)
-        weight = _digit_sum(linear.weight[:level], *shape)
+        weight = _digit_sum(linear.weight[:level], self.centres[:level], *shape)
         weight *= self.col_scale.astype(np.float32) * self.shrink[level - 1]
         weight *= linear.row_scale.astype(np.float32)[:, None]
         weight[:, self.exact_channels] = 0
@@ -152,11 +160,11 @@ class GroupTensors:
         return weight
 
 
-def _digit_sum(packed: NDArray[np.uint8], out: int, inputs: int) -> F32:
-    """sum_s (d_s - 1.5) * 4^-s over the given slices, float32 [out, in]; exact in float32."""
+def _digit_sum(packed: NDArray[np.uint8], centres: tuple[int, ...], out: int, inputs: int) -> F32:
+    """sum_s (d_s - centre_s / 2) * 4^-s over the given slices, float32 [out, in]; exact in float32."""
     slices = len(packed)
     q = codec.unpack_digits(packed, out, inputs, slices).astype(np.float32)
-    # sum_s d_s 4^-s = q 4^-(S-1), and the offsets add up to 1.5 (4^S - 1) / (3 * 4^(S-1)).
-    q -= np.float32((4**slices - 1) / 2)
+    # sum_s d_s 4^-s = q 4^-(S-1)
+    q -= np.float32(codec.doubled_centre(centres) / 2)
     q *= np.float32(4.0 ** (1 - slices))
     return q

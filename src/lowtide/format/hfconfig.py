@@ -19,15 +19,15 @@ def encode_config(config: ModelConfig) -> bytes:
     return (json.dumps(body, indent=2, allow_nan=False) + "\n").encode()
 
 
-def check_config(data: bytes, config: ModelConfig, where: str) -> None:
-    """`config.json` must describe the manifest's model and carry the mark of this format.
+def check_config(data: bytes, config: ModelConfig, where: str, version: int = FORMAT_VERSION) -> None:
+    """`config.json` must describe the manifest's model and carry the mark of the manifest's format version.
 
     Raises:
         LowtideError: it does not.
     """
     body = parse_object(data, where)
     mark = body.get("quantization_config")
-    if mark != {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}:
-        raise LowtideError(f"{where}: quantization_config {short(mark)} is not that of lowtide format {FORMAT_VERSION}")
+    if mark != {"quant_method": QUANT_METHOD, "format_version": version}:
+        raise LowtideError(f"{where}: quantization_config {short(mark)} is not that of lowtide format {version}")
     if ModelConfig.from_hf(body, where) != config:
         raise LowtideError(f"{where}: describes another model than the manifest")

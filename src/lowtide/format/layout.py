@@ -70,8 +70,13 @@ def plan(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorSpa
             return (0, int(tensor_bytes(dtype, shape) % DATA_ALIGNMENT != 0))
         return (1, -DTYPES[dtype].itemsize)
 
+    return sequence(dict(sorted(tensors.items(), key=rank)))
+
+
+def sequence(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorSpan]:
+    """Place tensors one after another, without holes, in the order given."""
     spans, offset = {}, 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=rank):
+    for name, (dtype, shape) in tensors.items():
         stop = offset + tensor_bytes(dtype, shape)
         spans[name] = TensorSpan(dtype, shape, offset, stop)
         offset = stop
@@ -88,12 +93,13 @@ def encode_header(spans: dict[str, TensorSpan]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def parse_header(data: memoryview, where: str) -> tuple[int, dict[str, TensorSpan]]:
-    """Read and check the header of a whole safetensors file.
+def parse_header(data: memoryview, where: str, whole: bool = True) -> tuple[int, dict[str, TensorSpan]]:
+    """Read and check the header of a safetensors file.
 
     Args:
         data: the whole file.
         where: its name, for errors.
+        whole: False for the beginning of a file, whose last tensors may be missing.
 
     Returns:
         Offset of the data part in the file, and every tensor's span in file order.
@@ -115,7 +121,7 @@ def parse_header(data: memoryview, where: str) -> tuple[int, dict[str, TensorSpa
         raise LowtideError(f"{where}: header has no __metadata__ that says format lowtide")
     spans = {name: _parse_span(name, entry, where) for name, entry in header.items()}
     ordered = dict(sorted(spans.items(), key=lambda item: (item[1].start, item[1].stop)))
-    _check_contiguous(ordered, 8 + length, len(data), where)
+    _check_contiguous(ordered, 8 + length, len(data) if whole else None, where)
     return 8 + length, ordered
 
 
@@ -135,7 +141,7 @@ def _parse_span(name: str, entry: object, where: str) -> TensorSpan:
     return TensorSpan(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _check_contiguous(spans: dict[str, TensorSpan], data_start: int, file_bytes: int, where: str) -> None:
+def _check_contiguous(spans: dict[str, TensorSpan], data_start: int, file_bytes: int | None, where: str) -> None:
     position = 0
     for name, span in spans.items():
         if span.start != position:
@@ -144,7 +150,7 @@ def _check_contiguous(spans: dict[str, TensorSpan], data_start: int, file_bytes:
         if (data_start + span.start) % DTYPES[span.dtype].itemsize:
             raise LowtideError(f"{where}: tensor {short(name)}: not aligned to its {span.dtype} elements")
         position = span.stop
-    if data_start + position != file_bytes:
+    if file_bytes is not None and data_start + position != file_bytes:
         raise LowtideError(f"{where}: tensors end at byte {data_start + position}, the file at {file_bytes}")
 
 

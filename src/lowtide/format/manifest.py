@@ -21,13 +21,16 @@ from lowtide.format import codec
 from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS
 from lowtide.format.strictjson import parse_object, short
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "lowtide.json"
 DIGEST_NAME = "lowtide.json.sha256"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MAX_MANIFEST_BYTES = 1 << 28
 
+CODINGS = ("packed", "entropy")
+_SINCE_2 = ("zero", "coding", "image", "prefixes")
+"""Fields that version 1 does not have; their defaults say what it was."""
 _COUNT_LIMIT = 1 << 53
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLICY = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*(:[0-9]+(,[0-9]+)*)?")
@@ -78,12 +81,17 @@ class Manifest:
         budgets: the grid of bits_read_body for which thresholds are stored, ascending.
         policies: mask rules with levels (`rule` or `rule:levels`), first axis of the thresholds.
         groups: per group, how much of it is irregular; everything else follows from `config`.
-        tensors: every tensor of `model.safetensors`.
+        tensors: every tensor of `model.safetensors`; empty where it is coded.
         files: every file but the manifest and its digest, by path relative to the folder.
         model_id: SHA-256 fingerprint of the source model's weights.
         lowtide_version: version that wrote the artifact.
         stats: free figures for people (JSON values).
-        format_version: 1.
+        zero: one digit of each slice means exactly zero (see `codec.centres`).
+        coding: of `model.safetensors`: `packed`, the tensors as the engine reads them, or `entropy` (see `coded`).
+        image: if coded, size and digest of the runtime image, the same tensors packed.
+        prefixes: if coded, size and digest of the beginning of `model.safetensors` that holds the first 1, 2, .. S
+            slices: enough of a partial download to read that many.
+        format_version: 1 or 2.
 
     Raises:
         LowtideError: on construction, if anything is out of range or does not fit the rest.
@@ -99,6 +107,10 @@ class Manifest:
     model_id: str
     lowtide_version: str
     stats: dict[str, Any]
+    zero: bool = False
+    coding: str = "packed"
+    image: FileEntry | None = None
+    prefixes: list[FileEntry] = dataclasses.field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -112,13 +124,30 @@ class Manifest:
         _check_files(self.files)
         specs = group_specs(self.config)
         _check_groups(self.groups, specs)
-        _check_tensors(self.tensors, self.expected_tensors())
+        self._check_coding()
         if not isinstance(self.stats, dict):
             raise _bad("stats", f"must be an object, not {short(self.stats)}")
         _check_json(self.stats, "stats", 8)
 
+    def _check_coding(self) -> None:
+        if not isinstance(self.zero, bool):
+            raise _bad("zero", f"must be true or false, not {short(self.zero)}")
+        if self.coding not in CODINGS:
+            raise _bad("coding", f"must be one of {', '.join(CODINGS)}, not {short(self.coding)}")
+        coded = self.coding == "entropy"
+        if (self.image is not None) != coded or len(self.prefixes) != (self.slices if coded else 0):
+            raise _bad("coding", "does not fit image and prefixes")
+        _check_tensors(self.tensors, {} if coded else self.expected_tensors())
+        entries = [] if self.image is None else [("image", self.image)]
+        for name, entry in [*entries, *((f"prefix {i + 1}", p) for i, p in enumerate(self.prefixes))]:
+            _count(f"{name} bytes", entry.bytes)
+            _digest(f"{name} sha256", entry.sha256)
+        sizes = [p.bytes for p in self.prefixes]
+        if sizes != sorted(sizes) or (sizes and sizes[-1] != self.files[WEIGHTS_NAME].bytes):
+            raise _bad("prefixes", f"do not end with {WEIGHTS_NAME}")
+
     def expected_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of exactly the tensors an artifact with this manifest holds."""
+        """Name -> (dtype, shape) of exactly the tensors an artifact holds, as the engine reads them."""
         expected: dict[str, tuple[str, tuple[int, ...]]] = {
             name: ("F32", (length,)) for name, length in norm_specs(self.config)
         }
@@ -179,7 +208,8 @@ class Manifest:
     def _from_object(cls, body: dict[str, Any]) -> Manifest:
         # The version comes first: a newer format may have any other fields.
         _check_version(body.get("format_version"))
-        _keys("manifest", body, {f.name for f in dataclasses.fields(cls)})
+        fields = {f.name for f in dataclasses.fields(cls)}
+        _keys("manifest", body, fields if body["format_version"] > 1 else fields.difference(_SINCE_2))
         body = dict(body)
         config = _keys("config", body["config"], {f.name for f in dataclasses.fields(ModelConfig)})
         eos = config["eos_token_ids"]
@@ -201,6 +231,12 @@ class Manifest:
             )
             for name, entry in _entries("groups", body["groups"], {"exact", "linears"})
         }
+        if body.get("image") is not None:
+            body["image"] = FileEntry(**_keys("image", body["image"], {"bytes", "sha256"}))
+        prefixes = body.get("prefixes", [])
+        if not isinstance(prefixes, list):
+            raise _bad("prefixes", f"must be a list, not {short(prefixes)}")
+        body["prefixes"] = [FileEntry(**_keys("prefix", p, {"bytes", "sha256"})) for p in prefixes]
         return cls(**body)
 
 

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from lowtide.arch import GroupSpec, ModelConfig, group_specs, norm_specs
 from lowtide.errors import LowtideError
 from lowtide.format import layout, stamp
+from lowtide.format.coded import check_spans
 from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS, GroupTensors, LinearTensors
 from lowtide.format.hfconfig import check_config
+from lowtide.format.image import file_entry, image_path, make_image
 from lowtide.format.manifest import (
     CONFIG_NAME,
     DIGEST_NAME,
@@ -97,29 +99,43 @@ def open_artifact(path: str | Path, verify: str = "auto") -> Artifact:
     return load_folder(folder, hashes=True, trust_stamp=verify == "auto")
 
 
-def load_folder(folder: Path, hashes: bool = False, trust_stamp: bool = False) -> Artifact:
+def load_folder(folder: Path, hashes: bool = False, trust_stamp: bool = False, image: Path | None = None) -> Artifact:
     """`open_artifact` in pieces, for the writer, which checks what it wrote but has just made the hashes itself.
 
     Args:
         folder: resolved path.
         hashes: compare every file and tensor with its SHA-256, and leave a stamp.
         trust_stamp: let a stamp of an earlier verification replace the hashes and the checks of values.
+        image: where a coded artifact's runtime image lies or is to be made; by default in the user's cache.
     """
     manifest, manifest_sha256 = _read_manifest(folder)
     stats = {name: _check_size(folder / name, entry.bytes) for name, entry in manifest.files.items()}
     weights = folder / WEIGHTS_NAME
     data = _map_file(weights, manifest.files[WEIGHTS_NAME].bytes)
-    files = stamp.identity(stats)
-    if trust_stamp and stamp.is_stamped(folder, manifest_sha256, files):
-        return _assemble(folder, manifest, data)
+    if manifest.image is not None and image is None:
+        image = image_path(manifest_sha256)
+    if image is not None and manifest.image is not None and image.exists():
+        stats[f"image {image}"] = os.stat(image)
+        if trust_stamp and stamp.is_stamped(folder, manifest_sha256, stamp.identity(stats)):
+            return _assemble(folder, manifest, _map_file(image, manifest.image.bytes), str(image))
+    elif manifest.image is None and trust_stamp and stamp.is_stamped(folder, manifest_sha256, stamp.identity(stats)):
+        return _assemble(folder, manifest, data, str(weights))
     if hashes:
         _check_hashes(folder, manifest, data)
     config = folder / CONFIG_NAME
-    check_config(_read_file(config, manifest.files[CONFIG_NAME].bytes), manifest.config, str(config))
-    artifact = _assemble(folder, manifest, data)
+    check_config(
+        _read_file(config, manifest.files[CONFIG_NAME].bytes), manifest.config, str(config), manifest.format_version
+    )
+    if manifest.image is not None:
+        assert image is not None
+        if not image.exists() or file_entry(image) != manifest.image:
+            make_image(data, manifest, image, str(weights))
+        stats[f"image {image}"] = os.stat(image)
+        data = _map_file(image, manifest.image.bytes)
+    artifact = _assemble(folder, manifest, data, str(weights))
     _check_values(artifact, str(weights))
     if hashes:
-        stamp.write_stamp(folder, manifest_sha256, files)
+        stamp.write_stamp(folder, manifest_sha256, stamp.identity(stats))
     return artifact
 
 
@@ -199,7 +215,11 @@ def _check_hashes(folder: Path, manifest: Manifest, data: memoryview) -> None:
         whole = pool.submit(_sha256, data)
         try:
             start, spans = layout.parse_header(data, where)
-            _check_spans(manifest, spans, where)
+            if manifest.image is not None:
+                check_spans(manifest.config, manifest.slices, spans, where)
+                spans = {}  # the whole file's hash is all there is
+            else:
+                _check_spans(manifest, spans, where)
         except LowtideError:
             # A broken header is most often an accident; then "damaged" says more than which field it hit.
             if whole.result() != manifest.files[WEIGHTS_NAME].sha256:
@@ -222,22 +242,22 @@ def _sha256(data: bytes | memoryview) -> str:
 
 def _check_spans(manifest: Manifest, spans: dict[str, layout.TensorSpan], where: str) -> None:
     """The file must hold exactly the manifest's tensors, with its dtypes and shapes."""
-    if spans.keys() != manifest.tensors.keys():
-        odd = sorted(spans.keys() ^ manifest.tensors.keys())[0]
-        known = odd in manifest.tensors
+    expected = manifest.expected_tensors()
+    if spans.keys() != expected.keys():
+        odd = sorted(spans.keys() ^ expected.keys())[0]
+        known = odd in expected
         raise LowtideError(f"{where}: tensor {short(odd)}: is {'missing' if known else 'not in the manifest'}")
     for name, span in spans.items():
-        entry = manifest.tensors[name]
-        if (span.dtype, span.shape) != (entry.dtype, entry.shape):
+        dtype, shape = expected[name]
+        if (span.dtype, span.shape) != (dtype, shape):
             raise LowtideError(
                 f"{where}: tensor {name}: is {span.dtype} {list(span.shape)}, but the manifest says "
-                f"{entry.dtype} {list(entry.shape)}"
+                f"{dtype} {list(shape)}"
             )
 
 
-def _assemble(folder: Path, manifest: Manifest, data: memoryview) -> Artifact:
-    """Views of every tensor, and the groups made of them. Copies nothing."""
-    where = str(folder / WEIGHTS_NAME)
+def _assemble(folder: Path, manifest: Manifest, data: memoryview, where: str) -> Artifact:
+    """Views of every tensor of `model.safetensors` or of its image, and the groups made of them. Copies nothing."""
     start, spans = layout.parse_header(data, where)
     _check_spans(manifest, spans, where)
     whole: NDArray[np.uint8] = np.frombuffer(data, np.uint8)
@@ -245,11 +265,12 @@ def _assemble(folder: Path, manifest: Manifest, data: memoryview) -> Artifact:
         name: whole[start + span.start : start + span.stop].view(layout.DTYPES[span.dtype]).reshape(span.shape)
         for name, span in spans.items()
     }
-    groups = {spec.name: _group(spec, manifest.slices, tensors) for spec in group_specs(manifest.config)}
+    groups = {spec.name: _group(spec, manifest, tensors) for spec in group_specs(manifest.config)}
     return Artifact(folder, manifest, groups, tensors)
 
 
-def _group(spec: GroupSpec, slices: int, tensors: dict[str, NDArray[Any]]) -> GroupTensors:
+def _group(spec: GroupSpec, manifest: Manifest, tensors: dict[str, NDArray[Any]]) -> GroupTensors:
+    slices = manifest.slices
     fields = {f: tensors[f"lowtide.{spec.name}.{f}"] for f in GROUP_FIELDS if f != "thresholds" or spec.has_thresholds}
     if not spec.has_thresholds:
         fields["thresholds"] = np.zeros((0, 0, slices), np.float32)
@@ -261,7 +282,9 @@ def _group(spec: GroupSpec, slices: int, tensors: dict[str, NDArray[Any]]) -> Gr
         )
         for linear in spec.linears
     ]
-    return GroupTensors(name=spec.name, in_features=spec.in_features, slices=slices, linears=linears, **fields)
+    return GroupTensors(
+        name=spec.name, in_features=spec.in_features, slices=slices, linears=linears, zero=manifest.zero, **fields
+    )
 
 
 def _check_values(artifact: Artifact, where: str) -> None:

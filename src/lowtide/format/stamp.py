@@ -53,9 +53,13 @@ def _content(folder: Path, manifest_sha256: str, files: Identity) -> dict[str, o
     return {"version": STAMP_VERSION, "folder": str(folder), "manifest": manifest_sha256, "files": files}
 
 
-def _stamp_path(folder: Path) -> Path:
+def cache_folder() -> Path:
+    """The user's cache of lowtide: `$XDG_CACHE_HOME/lowtide` or `~/.cache/lowtide`."""
     # The XDG specification says to ignore a relative path.
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()
-    return root / "lowtide" / "verified" / f"{name}.json"
+    return root / "lowtide"
+
+
+def _stamp_path(folder: Path) -> Path:
+    return cache_folder() / "verified" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.json"

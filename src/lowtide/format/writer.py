@@ -10,19 +10,20 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.arch import ModelConfig
 from lowtide.errors import LowtideError
 from lowtide.format import layout
 from lowtide.format.card import CARD_NAME, model_card
+from lowtide.format.coded import coded_names, image_layout, linears, stream_name
+from lowtide.format.encode import encode_spool
 from lowtide.format.groups import GroupTensors
 from lowtide.format.hfconfig import encode_config
 from lowtide.format.manifest import (
@@ -39,10 +40,11 @@ from lowtide.format.manifest import (
     digest_line,
 )
 from lowtide.format.reader import load_folder
+from lowtide.format.spool import Spool, write_all
 from lowtide.format.validate import real_outliers
 
-_SPOOL_NAME = ".tensors.part"
-_CHUNK = 1 << 23
+_SPOOL_NAME, _CODED_NAME, _IMAGE_NAME = ".tensors.part", ".coded.part", ".image.part"
+Report = Callable[[int, int], None]
 
 
 class ArtifactWriter:
@@ -67,15 +69,12 @@ class ArtifactWriter:
         self.path = Path(os.path.realpath(path))
         self._force = force
         self._check_target()
-        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._hashes: dict[str, str] = {}
-        self._spooled: dict[str, int] = {}
-        self._spool_size = 0
         self._groups: dict[str, GroupSummary] = {}
         self._files: dict[str, FileEntry] = {}
         self._made_parents: list[Path] = []
         self._folder = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
-        self._spool = -1
+        self._spool: Spool | None = None
+        self._coded: Spool | None = None
         self._finished = False
 
     def __enter__(self) -> ArtifactWriter:
@@ -85,7 +84,7 @@ class ArtifactWriter:
                     parent.mkdir()
                     self._made_parents.append(parent)
                 self._folder.mkdir()
-                self._spool = os.open(self._folder / _SPOOL_NAME, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                self._spool = Spool(self._folder / _SPOOL_NAME)
         except BaseException:
             self._clean_up()
             raise
@@ -109,16 +108,9 @@ class ArtifactWriter:
 
     def add_tensor(self, name: str, array: NDArray[Any]) -> None:
         """Add one tensor under its full name: the norms (float32). Groups go through `add_group`."""
-        if name in self._tensors:
-            raise ValueError(f"tensor {name} is added twice")
-        code = layout.dtype_code(array.dtype)
-        data = np.ascontiguousarray(array, layout.DTYPES[code]).reshape(-1).view(np.uint8).data
+        assert self._spool is not None
         with self._disk_errors():
-            _write_all(self._spool, data)
-        self._tensors[name] = (code, tuple(array.shape))
-        self._hashes[name] = hashlib.sha256(data).hexdigest()
-        self._spooled[name] = self._spool_size
-        self._spool_size += len(data)
+            self._spool.add(name, array)
 
     def add_file(self, name: str, data: bytes) -> None:
         """Add a small file, such as `tokenizer.json`. What `finish` makes itself cannot be added."""
@@ -135,40 +127,58 @@ class ArtifactWriter:
         policies: list[str],
         model_id: str,
         stats: dict[str, Any] | None = None,
+        zero: bool = False,
+        coding: str = "packed",
+        report: Report | None = None,
     ) -> Manifest:
         """Write header, config, model card and manifest, check the whole folder, and move it to its place.
 
-        Args: the manifest's fields of the same names. `stats["source"]`, if there, is the model card's title.
+        Args: the manifest's fields of the same names. `stats["source"]`, if there, is the model card's title; what
+            coding measures goes to `stats["coding"]`. report: called with (done, total) while coding.
 
         Raises:
             LowtideError: something does not fit, or the disk is full; nothing is left behind.
         """
         stats = dict(stats or {})
-        self._write_weights()
+        assert self._spool is not None
+        if coding == "entropy":
+            with self._disk_errors():
+                self._coded, stats["coding"] = encode_spool(
+                    self._spool, self._folder / _CODED_NAME, config, slices, zero, report
+                )
+        image, prefixes = self._write_weights(config, slices)
         self._add_file(CONFIG_NAME, encode_config(config))
         if CARD_NAME not in self._files:
             title = stats.get("source", self.path.name)
             self._add_file(CARD_NAME, model_card(config, slices, budgets, policies, title))
         from lowtide import __version__
 
+        hashes = self._spool.hashes
         manifest = Manifest(
             config=config,
             slices=slices,
             budgets=[float(b) for b in budgets],
             policies=list(policies),
             groups=self._groups,
-            tensors={n: TensorEntry(*spec, self._hashes[n]) for n, spec in self._tensors.items()},
+            tensors={} if self._coded else {n: TensorEntry(*s, hashes[n]) for n, s in self._spool.tensors.items()},
             files=dict(sorted(self._files.items())),
             model_id=model_id,
             lowtide_version=__version__,
             stats=stats,
+            zero=zero,
+            coding=coding,
+            image=image,
+            prefixes=prefixes,
         )
         data = manifest.to_json()
         with self._disk_errors():
             _write_file(self._folder / MANIFEST_NAME, data)
             _write_file(self._folder / DIGEST_NAME, digest_line(data))
             _sync_folder(self._folder)
-        load_folder(self._folder)
+            self._drop_spools()
+            # decoding it all once more is the proof that what was written can be read
+            load_folder(self._folder, image=self._folder / _IMAGE_NAME)
+            (self._folder / _IMAGE_NAME).unlink(missing_ok=True)
         self._move_into_place()
         return manifest
 
@@ -183,30 +193,41 @@ class ArtifactWriter:
             _sync_folder(target.parent)
         self._files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
-    def _write_weights(self) -> None:
-        spans = layout.plan(self._tensors)
-        header = layout.encode_header(spans)
-        digest = hashlib.sha256(header)
-        size = len(header)
+    def _write_weights(self, config: ModelConfig, slices: int) -> tuple[FileEntry | None, list[FileEntry]]:
+        """`model.safetensors`; if coded, what the image and the beginnings of the file will be."""
+        assert self._spool is not None
+        image, prefixes = None, []
         with self._disk_errors():
+            if self._coded:
+                packed = _Measure()
+                self._spool.pour(image_layout(self._spool.tensors), packed)
+                image = packed.entry()
             target = os.open(self._folder / WEIGHTS_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                _write_all(target, memoryview(header))
-                for name, span in spans.items():
-                    start, left = self._spooled[name], span.stop - span.start
-                    while left:
-                        chunk = os.pread(self._spool, min(left, _CHUNK), start)
-                        if not chunk:
-                            raise OSError(f"{_SPOOL_NAME} was cut short")
-                        _write_all(target, memoryview(chunk))
-                        digest.update(chunk)
-                        start, left, size = start + len(chunk), left - len(chunk), size + len(chunk)
+                measure = _Measure(target)
+                if self._coded is None:
+                    self._spool.pour(layout.plan(self._spool.tensors), measure)
+                else:
+                    prefixes = self._write_coded(self._coded, config, slices, measure)
                 os.fsync(target)
             finally:
                 os.close(target)
-            self._drop_spool()
-            os.unlink(self._folder / _SPOOL_NAME)
-        self._files[WEIGHTS_NAME] = FileEntry(size, digest.hexdigest())
+        self._files[WEIGHTS_NAME] = measure.entry()
+        return image, prefixes
+
+    def _write_coded(self, spool: Spool, config: ModelConfig, slices: int, measure: _Measure) -> list[FileEntry]:
+        """The coded tensors in the order of `coded.coded_names`, and what the file is after each slice."""
+        spans = layout.sequence({name: spool.tensors[name] for name in coded_names(config, slices)})
+        last = linears(config)[-1].name
+        ends = {stream_name(last, s) for s in range(slices)}
+        prefixes = []
+        measure(memoryview(layout.encode_header(spans)))
+        for name in spans:
+            for piece in spool.pieces(name):
+                measure(memoryview(piece))
+            if name in ends:
+                prefixes.append(measure.entry())
+        return prefixes
 
     def _move_into_place(self) -> None:
         self._check_target()
@@ -244,13 +265,13 @@ class ArtifactWriter:
             reason = error.strerror or str(error)
             raise LowtideError(f"{self.path}: cannot write the artifact: {reason}; nothing was kept") from error
 
-    def _drop_spool(self) -> None:
-        if self._spool >= 0:
-            os.close(self._spool)
-            self._spool = -1
+    def _drop_spools(self) -> None:
+        for spool in (self._spool, self._coded):
+            if spool is not None:
+                spool.close()
 
     def _clean_up(self) -> None:
-        self._drop_spool()
+        self._drop_spools()
         if self._finished:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -259,16 +280,27 @@ class ArtifactWriter:
                 parent.rmdir()
 
 
-def _write_all(target: int, data: memoryview) -> None:
-    """os.write may write less than it is given, and never more than 2 GiB."""
-    while len(data):
-        data = data[os.write(target, data) :]
+class _Measure:
+    """Counts and hashes what passes through, on its way to a file or nowhere."""
+
+    def __init__(self, target: int | None = None) -> None:
+        self._target, self._digest, self._size = target, hashlib.sha256(), 0
+
+    def __call__(self, data: memoryview) -> None:
+        if self._target is not None:
+            write_all(self._target, data)
+        self._digest.update(data)
+        self._size += len(data)
+
+    def entry(self) -> FileEntry:
+        """Size and SHA-256 so far."""
+        return FileEntry(self._size, self._digest.hexdigest())
 
 
 def _write_file(path: Path, data: bytes) -> None:
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _write_all(target, memoryview(data))
+        write_all(target, memoryview(data))
         os.fsync(target)
     finally:
         os.close(target)

@@ -43,6 +43,7 @@ class _Linear(ctypes.Structure):
 class _Group(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("in_", "slices", "linear_count", "exact_count", "side_bits")),
+        ("centre", _i64 * MAX_SLICES),
         *((name, _pointer) for name in ("mean", "col_scale", "importance", "shrink", "exact_channels")),
         ("linear", _Linear * 3),
     ]
@@ -305,6 +306,7 @@ class Engine:
         entry.linear_count = len(group.linears)
         entry.exact_count = len(group.exact_channels)
         entry.side_bits = 8 * group.side_bytes()
+        entry.centre[: group.slices] = group.centres
         for name in ("mean", "col_scale", "importance", "shrink", "exact_channels"):
             setattr(entry, name, self._pointer_to(getattr(group, name)))
         for target, linear in zip(entry.linear, group.linears, strict=False):

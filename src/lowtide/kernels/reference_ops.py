@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lowtide.format.codec import tiles, unpack_digits
+from lowtide.format.codec import doubled_centre, tiles, unpack_digits
 
 if TYPE_CHECKING:
     from lowtide.format.groups import GroupTensors, LinearTensors
@@ -152,8 +152,10 @@ def coefficients(a: F32, levels: I32, col_scale: F32, shrink: F32) -> tuple[NDAr
     return coef, scale
 
 
-def digit_sums(planes: U8, coef: NDArray[np.int8], levels: I32, k: int) -> NDArray[np.int64]:
-    """T_k = 2 * sum coef * d - 3 * sum coef over the entries of class k, exact.
+def digit_sums(
+    planes: U8, coef: NDArray[np.int8], levels: I32, k: int, centres: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """T_k = sum coef * (2 d - centre) over the entries of class k, exact; `centres` [S] as in `codec.centres`.
 
     Args:
         planes: u8 [S, in, out], digits in 0..3, coarsest slice first.
@@ -172,7 +174,7 @@ def digit_sums(planes: U8, coef: NDArray[np.int8], levels: I32, k: int) -> NDArr
             part = active[start : start + EXACT_CHUNK]
             c = chosen[:, part]
             sums = c.astype(np.float32) @ planes[s][part].astype(np.float32)
-            total += 2 * sums.astype(np.int64) - 3 * c.sum(axis=1, dtype=np.int64)[:, None]
+            total += 2 * sums.astype(np.int64) - centres[s] * c.sum(axis=1, dtype=np.int64)[:, None]
     return total
 
 
@@ -185,7 +187,7 @@ def graded_linear(group: GroupTensors, linear: LinearTensors, planes: U8, x: F32
     coef, scale = coefficients(a, levels, group.col_scale.astype(np.float32), group.shrink)
     y = np.zeros((len(x), linear.out_features), np.float32)
     for k in range(group.slices):
-        y += scale[k][:, None] * digit_sums(planes, coef, levels, k).astype(np.float32)
+        y += scale[k][:, None] * digit_sums(planes, coef, levels, k, group.centres).astype(np.float32)
     return _finish(group, linear, y, a)
 
 
@@ -236,11 +238,12 @@ def dense_linear(group: GroupTensors, index: int, x: F32) -> F32:
     value[:, group.exact_channels] = 0
     q, scale = quantise_blocks(value)
     code = unpack_digits(linear.weight, linear.out_features, group.in_features, slices).astype(np.float32)
+    middle = np.float32(doubled_centre(group.centres))
     y = np.zeros((len(x), linear.out_features), np.float32)
     for b in range(scale.shape[1]):
         part = slice(b * DENSE_BLOCK, min((b + 1) * DENSE_BLOCK, group.in_features))
         chosen = q[:, part].astype(np.float32)
-        doubled = np.float32(2) * (chosen @ code[:, part].T) - np.float32(4**slices - 1) * chosen.sum(1)[:, None]
+        doubled = np.float32(2) * (chosen @ code[:, part].T) - middle * chosen.sum(1)[:, None]
         y += doubled * scale[:, b, None]
     return _finish(group, linear, y * np.float32(4.0 ** (1 - slices)), a, outliers_first=True)
 
@@ -251,8 +254,8 @@ def embedding_row(group: GroupTensors, token: int) -> F32:
     code = np.zeros(group.in_features, np.int64)
     for digits in row_digits(linear.weight, token, linear.out_features, group.in_features):
         code = 4 * code + digits
-    # twice the sum of (digit - 1.5) * 4^(S-1-s), a whole number
-    doubled = (2 * code - (4**slices - 1)).astype(np.float32)
+    # twice the sum of (digit - its centre) * 4^(S-1-s), a whole number
+    doubled = (2 * code - doubled_centre(group.centres)).astype(np.float32)
     unit = np.float32(4.0 ** (1 - slices) / 2)
     row: F32 = doubled * unit * group.col_scale.astype(np.float32) * linear.row_scale[token].astype(np.float32)
     rows, cols, values = linear.outliers()

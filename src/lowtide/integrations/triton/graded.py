@@ -84,6 +84,7 @@ class GradedGroup:
         self.device = torch.device(device)
         self.backend = choose_backend(backend, self.device)
         self.in_features, self.slices = group.in_features, group.slices
+        self._zero, self._centres = group.zero, group.centres
         self.out_features = [linear.out_features for linear in group.linears]
         self._upload_columns(group)
         self._upload_rows(group)
@@ -212,8 +213,9 @@ class GradedGroup:
             CHUNK=t.chunk,
         )
         kernels.sum_digits[(self._blocks, self._splits)](
-            *(self._weight, *entries, self._partial, self._width, self._chunks, self._splits),
+            *(self._weight, *entries, self._partial, self._width, self.in_features, self._chunks, self._splits),
             SLICES=self.slices,
+            ZERO=self._zero,
             CHUNK=t.chunk,
             BLOCK_BYTES=t.block_bytes,
             BLOCK_ENTRIES=t.block_entries,
@@ -239,7 +241,7 @@ class GradedGroup:
             u = value[active] * 4.0**-s
             runs = self._weight[s, active]
             for pair in range(4):
-                planes[pair] += u @ (((runs >> (2 * pair)) & 3).float() - 1.5)
+                planes[pair] += u @ (((runs >> (2 * pair)) & 3).float() - self._centres[s] / 2)
         y = planes.flatten()[self._place.long()] * self._row_scale.float() + self._bias.float()
         rows = torch.repeat_interleave(torch.arange(len(y), device=self.device), self._outlier_ptr.diff().long())
         y.index_add_(0, rows, self._outlier_value.float() * a[self._outlier_col.long()])

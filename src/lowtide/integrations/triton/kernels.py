@@ -72,14 +72,16 @@ def sum_digits(
     count: tl.tensor,
     partial: tl.tensor,
     width: tl.tensor,
+    inputs: tl.tensor,
     chunks: tl.tensor,
     splits: tl.tensor,
     SLICES: tl.constexpr,
+    ZERO: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ) -> None:
-    """partial f32 [splits, 4, width] = sum of coef * (digit - 1.5) over the entries of every splits-th chunk.
+    """partial f32 [splits, 4, width] = sum of coef * (digit - centre) over the entries of every splits-th chunk.
 
     Reads weight u8 [S * in, width] in the rows that `entry` names and no others. Byte b holds the digits of four rows,
     which end up in partial[:, 0..3, b].
@@ -99,7 +101,8 @@ def sum_digits(
             e = first + tl.arange(0, BLOCK_ENTRIES)
             live = e < entries
             u = tl.load(coef + region + e, mask=live, other=0.0)
-            run = tl.load(entry + region + e, mask=live, other=0).to(tl.int64) * width
+            place = tl.load(entry + region + e, mask=live, other=0)
+            run = place.to(tl.int64) * width
             byte = tl.load(weight + run[:, None] + b[None, :], mask=live[:, None] & inside[None, :], other=0)
             digits = byte.to(tl.int32)
             # Digits are masked where they stand and not shifted down: the sums are scaled once, at the end.
@@ -107,8 +110,11 @@ def sum_digits(
             sum1 += u[:, None] * (digits & 12).to(tl.float32)
             sum2 += u[:, None] * (digits & 48).to(tl.float32)
             sum3 += u[:, None] * (digits & 192).to(tl.float32)
-            coefs += u
-    middle = 1.5 * tl.sum(coefs, 0)
+            if ZERO:  # the digit of each slice that means zero: 2 and 1 in turn
+                coefs += u * (2 - (place // inputs) % 2).to(tl.float32)
+            else:
+                coefs += u * 1.5
+    middle = tl.sum(coefs, 0)
     out = partial + split * 4 * width + b
     tl.store(out, tl.sum(sum0, 0) - middle, mask=inside)
     tl.store(out + width, tl.sum(sum1, 0) * 0.25 - middle, mask=inside)

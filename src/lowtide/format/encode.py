@@ -1,0 +1,76 @@
+"""Coding an artifact's packed tensors: from a spool of what the engine reads to a spool of what the disk holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowtide.arch import ModelConfig
+from lowtide.format import codec, coded
+from lowtide.format.entropy import CONTEXTS, Tables, classes, empirical_bits
+from lowtide.format.spool import Spool
+from lowtide.kernels import entropy  # the native coder; it needs nothing of this floor but the codec
+
+Report = Callable[[int, int], None]
+
+
+def encode_spool(
+    packed: Spool, target: Path, config: ModelConfig, slices: int, zero: bool, report: Report | None = None
+) -> tuple[Spool, dict[str, Any]]:
+    """Code every tensor of a model.
+
+    Args:
+        packed: all tensors as the engine reads them.
+        target: file for the new spool.
+        slices: S.
+        zero: see `codec.centres`.
+        report: called with (layers done, twice the layers).
+
+    Returns:
+        The coded tensors, and figures: weights, entropy_bits (conditional entropy of the codes given their contexts),
+        coded_bits (streams, tables and classes).
+    """
+    layers = coded.linears(config)
+    middle = codec.doubled_centre(codec.centres(slices, zero)) // 2 if zero else None
+    side: dict[str, NDArray[Any]] = {}
+    counts = {kind: np.zeros((CONTEXTS, 4**slices), np.int64) for kind in coded.kinds(config)}
+    entropy_bits = 0.0
+
+    def codes(index: int) -> NDArray[np.uint8]:
+        layer = layers[index]
+        return codec.unpack_digits(packed.read(f"{layer.name}.weight"), layer.out_features, layer.in_features, slices)
+
+    for index, layer in enumerate(layers):
+        q = codes(index)
+        rows, cols = classes(q, slices, middle)
+        side[f"{layer.name}.row_class"], side[f"{layer.name}.col_class"] = rows, cols
+        counts[coded.kind(layer.name)] += entropy.histogram(q, rows, cols, slices)
+        if report:
+            report(index + 1, 2 * len(layers))
+    entropy_bits = sum(empirical_bits(table)[0] for table in counts.values())
+    tables = {kind: Tables.fit(table, slices) for kind, table in counts.items()}
+    result = Spool(target)
+    try:
+        shapes = coded.side_shapes(config, packed.tensors)
+        side |= {name: packed.read(name) for name in shapes if name not in side}
+        table_bytes = coded.pack_tables(tables[kind] for kind in coded.kinds(config))
+        result.add(coded.SIDE, np.frombuffer(coded.pack_side(shapes, side), np.uint8))
+        result.add(coded.TABLES, np.frombuffer(table_bytes, np.uint8))
+        bits = 8 * len(table_bytes) + 8 * sum(v.nbytes for n, v in side.items() if n.endswith(coded.CLASSES))
+        for index, layer in enumerate(layers):
+            rows, cols = (side[f"{layer.name}.{field}"] for field in coded.CLASSES)
+            streams = entropy.encode(codes(index), rows, cols, tables[coded.kind(layer.name)], 2)
+            for s, stream in enumerate(streams):
+                result.add(coded.stream_name(layer.name, s), np.frombuffer(stream, np.uint8))
+                bits += 8 * len(stream)
+            if report:
+                report(len(layers) + index + 1, 2 * len(layers))
+    except BaseException:
+        result.close()
+        raise
+    weights = sum(layer.weights for layer in layers)
+    return result, {"weights": weights, "entropy_bits": entropy_bits, "coded_bits": bits}
