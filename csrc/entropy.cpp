@@ -23,8 +23,8 @@ inline int step(uint32_t &x, uint64_t table) {
 bool decode_rows(int64_t rows, const uint8_t *context, const uint64_t *tables, int s, Stream &stream, uint32_t *state,
                  uint8_t *prefix, uint8_t *digits) {
   const uint8_t *at = stream.at;
-  for (int64_t first = 0; first < rows; first += kLanes) {
-    const int lanes = (int)std::min<int64_t>(kLanes, rows - first);
+  for (int64_t first = 0; first < rows; first += stream.lanes) {
+    const int lanes = (int)std::min<int64_t>(stream.lanes, rows - first);
     const uint8_t *c = context + first;
     uint8_t *p = prefix + first, *d = digits + first;
     if (lanes == kLanes && stream.end - at >= 2 * kLanes) {
@@ -69,9 +69,9 @@ std::vector<uint8_t> transposed(const uint8_t *q, int64_t out, int64_t in, int64
   return turned;
 }
 
-// Slice s of one chunk, last weight first, so that the decoder meets the first one first. Words grow down from `top`;
-// their place, or null where a digit has no frequency.
-uint8_t *encode_slice(const std::vector<uint8_t> &q, int64_t out, int64_t channels, int slices, int s,
+// Slice s of one chunk, last weight first, so that the decoder meets the first one first. States and words grow down
+// from `top`; their place, or null where a digit has no frequency.
+uint8_t *encode_slice(const std::vector<uint8_t> &q, int64_t out, int64_t channels, int slices, int s, int lanes,
                       const uint8_t *row_class, const uint8_t *col_class, const uint64_t *tables, uint8_t *top) {
   uint32_t state[kLanes];
   std::fill(state, state + kLanes, kLow);
@@ -83,17 +83,17 @@ uint8_t *encode_slice(const std::vector<uint8_t> &q, int64_t out, int64_t channe
       const uint64_t table = tables[((size_t)context_of(row_class[i], col_class[j]) << 2 * s) + (size_t)(known >> 2)];
       const uint32_t start = start_of(table, digit), frequency = end_of(table, digit) - start;
       if (!frequency) return nullptr;
-      uint32_t x = state[i % kLanes];
+      uint32_t &lane = state[i & (lanes - 1)], x = lane;
       if (x >= (uint64_t)frequency << (32 - kProbBits)) {
         *--top = (uint8_t)(x >> 8);
         *--top = (uint8_t)x;
         x >>= 16;
       }
-      state[i % kLanes] = (x / frequency << kProbBits) + x % frequency + start;
+      lane = (x / frequency << kProbBits) + x % frequency + start;
     }
   }
-  top -= kStateBytes;
-  std::memcpy(top, state, kStateBytes);
+  top -= 4 * lanes;
+  std::memcpy(top, state, (size_t)(4 * lanes));
   return top;
 }
 
@@ -113,9 +113,10 @@ bool find_chunk(const uint8_t *data, int64_t size, int64_t count, int64_t index,
   if (size < 4 + 4 * count || read32(data) != (uint64_t)count) return false;
   int64_t at = 4 + 4 * count;
   for (int64_t n = 0; n < count; ++n) {
-    const int64_t length = read32(data + 4 + 4 * n);
-    if (length > size - at) return false;
-    if (n == index) found = {data + at, data + at + length};
+    const uint32_t entry = read32(data + 4 + 4 * n);
+    const int64_t length = entry & ((1u << kLengthBits) - 1);
+    if (length > size - at || entry >> kLengthBits > 4) return false;
+    if (n == index) found = {data + at, data + at + length, 1 << (entry >> kLengthBits)};
     at += length;
   }
   return at == size;
@@ -158,16 +159,21 @@ void lt_entropy_histogram(const uint8_t *q, int64_t out, int64_t in, int64_t sli
 
 int lt_entropy_encode(const uint8_t *q, int64_t out, int64_t in, int64_t slices, const uint8_t *row_class,
                       const uint8_t *col_class, const uint64_t *const *tables, int64_t chunk, uint8_t *const *buffers,
-                      int64_t *sizes) {
+                      int64_t *entries) {
   const int64_t width = chunk_channels(out, in), first = chunk * width, channels = std::min(width, in - first);
   try {
     const std::vector<uint8_t> turned = transposed(q, out, in, first, channels);
     for (int s = 0; s < slices; ++s) {
-      uint8_t *top = buffers[s] + 2 * out * channels + kStateBytes;
-      const uint8_t *at = encode_slice(turned, out, channels, (int)slices, s, row_class, col_class + first, tables[s], top);
+      uint8_t *top = buffers[s] + 2 * out * channels + kMostStateBytes;
+      const auto encode_with = [&](int lanes) {
+        return encode_slice(turned, out, channels, (int)slices, s, lanes, row_class, col_class + first, tables[s], top);
+      };
+      const uint8_t *at = encode_with(kLanes);
       if (!at) return LT_ENTROPY_NO_FREQUENCY;
-      sizes[s] = top - at;
-      std::memmove(buffers[s], at, (size_t)sizes[s]);
+      const int lanes = lanes_for(top - at - kMostStateBytes);
+      if (lanes < kLanes) at = encode_with(lanes);
+      std::memmove(buffers[s], at, (size_t)(top - at));
+      entries[s] = (top - at) | int64_t{__builtin_ctz(lanes)} << kLengthBits;
     }
   } catch (const std::bad_alloc &) {
     return LT_ENTROPY_NO_MEMORY;

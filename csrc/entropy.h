@@ -7,13 +7,15 @@
 namespace lowtide {
 namespace entropy {
 
-constexpr int kLanes = 16;                        // interleaved states of a chunk and slice
+constexpr int kLanes = 16;                        // interleaved states of a chunk and slice, at most
+constexpr int64_t kBytesPerState = 800;           // of words, that each state beyond the first asks for
 constexpr int kContexts = 48;
 constexpr int kBase = 40;                         // context = row class + column class - kBase, clipped
 constexpr int kProbBits = 14;                     // frequencies of a table add up to 2^14
 constexpr uint32_t kLow = 1u << 16;               // states lie in [2^16, 2^32)
+constexpr int kLengthBits = 29;                   // of a chunk's entry; above them log2 of its states
 constexpr int64_t kChunkWeights = int64_t{1} << 20;
-constexpr int64_t kStateBytes = 4 * kLanes;
+constexpr int64_t kMostStateBytes = 4 * kLanes;
 
 inline int64_t padded_rows(int64_t out) { return (out + 63) / 64 * 64; }
 
@@ -33,9 +35,17 @@ inline int context_of(int row_class, int col_class) {
 inline uint32_t start_of(uint64_t table, int digit) { return (uint32_t)((table << 16) >> (16 * digit)) & 0xffff; }
 inline uint32_t end_of(uint64_t table, int digit) { return (uint32_t)(table >> (16 * digit)) & 0xffff; }
 
-// Slice s of one chunk: its states and 16-bit words.
+// States of a chunk and slice with so many bytes of words: 1, 2, 4, 8 or 16, so that they take half a percent at most.
+inline int lanes_for(int64_t bytes) {
+  int lanes = kLanes;
+  while (lanes > 1 && bytes < lanes * kBytesPerState) lanes /= 2;
+  return lanes;
+}
+
+// Slice s of one chunk: `lanes` states and the 16-bit words.
 struct Stream {
   const uint8_t *at, *end;
+  int lanes;
 };
 
 struct DecodeJob {
@@ -58,9 +68,11 @@ int decode_chunk_avx512(const DecodeJob &job);
 [[maybe_unused]] static int load_states(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLanes]) {
   for (int s = 0; s < job.levels; ++s) {
     stream[s] = job.stream[s];
-    if (stream[s].end - stream[s].at < kStateBytes) return s + 1;
-    std::memcpy(state[s], stream[s].at, kStateBytes);
-    stream[s].at += kStateBytes;
+    const int64_t size = 4 * stream[s].lanes;
+    if (stream[s].end - stream[s].at < size) return s + 1;
+    for (uint32_t &x : state[s]) x = kLow;
+    std::memcpy(state[s], stream[s].at, (size_t)size);
+    stream[s].at += size;
     for (uint32_t x : state[s])
       if (x < kLow) return s + 1;
   }

@@ -10,6 +10,7 @@ namespace {
 struct Lanes {
   __m512i x;
   const uint8_t *at, *end;
+  int count;
 };
 
 // One digit of the active lanes, from tables[index]; 1 set in `failed` where words are lacking.
@@ -52,11 +53,24 @@ inline __m512i step(Lanes &lanes, __mmask16 active, __m512i index, const uint64_
   return digit;
 }
 
+// Sixteen rows of a slice with fewer lanes: as many steps as it takes, each on the lowest lanes.
+inline __m512i small_steps(Lanes &lanes, __mmask16 active, __m512i index, const uint64_t *tables, bool &failed) {
+  __m512i digits = _mm512_setzero_si512();
+  for (int first = 0; first < kLanes && !failed; first += lanes.count) {
+    const __mmask16 rows = (__mmask16)(((1u << lanes.count) - 1) << first);
+    const __m512i digit = step(lanes, (__mmask16)((active & rows) >> first), _mm512_maskz_compress_epi32(rows, index),
+                               tables, failed);
+    digits = _mm512_mask_expand_epi32(digits, rows, digit);
+  }
+  return digits;
+}
+
 // All slices of sixteen rows at a time, so that the slices' chains of dependent steps overlap.
 template <int kLevels>
 int decode_channels(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLanes], uint8_t *digits, int64_t out_pad) {
   Lanes lanes[kLevels];
-  for (int s = 0; s < kLevels; ++s) lanes[s] = {_mm512_loadu_si512(state[s]), stream[s].at, stream[s].end};
+  for (int s = 0; s < kLevels; ++s) 
+    lanes[s] = {_mm512_loadu_si512(state[s]), stream[s].at, stream[s].end, stream[s].lanes};
   const __m512i top = _mm512_set1_epi32(kContexts - 1), zero = _mm512_setzero_si512();
   for (int64_t j = 0; j < job.channels; ++j) {
     const __m512i column = _mm512_set1_epi32((int)job.col_class[j] - kBase);
@@ -68,7 +82,8 @@ int decode_channels(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLan
       __m512i index = context;
       for (int s = 0; s < kLevels; ++s) {
         bool failed = false;
-        const __m512i digit = step(lanes[s], active, index, job.tables[s], failed);
+        const __m512i digit = lanes[s].count == kLanes ? step(lanes[s], active, index, job.tables[s], failed)
+                                                       : small_steps(lanes[s], active, index, job.tables[s], failed);
         if (failed) return s + 1;
         index = _mm512_or_si512(_mm512_slli_epi32(index, 2), digit);
         _mm_storeu_si128((__m128i *)(digits + s * out_pad + i), _mm512_maskz_cvtepi32_epi8(active, digit));

@@ -107,11 +107,12 @@ int64_t lt_entropy_chunk_channels(int64_t out, int64_t in);
 void lt_entropy_histogram(const uint8_t *q, int64_t out, int64_t in, int64_t slices, const uint8_t *row_class,
                           const uint8_t *col_class, int64_t *counts);
 
-/* One chunk, all slices: buffers[s] holds at least 2 * weights of the chunk + 64 bytes, sizes[s] of them are written.
+/* One chunk, all slices: buffers[s] holds at least 2 * weights of the chunk + 64 bytes. entries[s] becomes the chunk's
+ * entry in the head of the slice's stream: in bits 0 to 28 how many bytes were written, above them log2 of the states.
  * Returns 0, LT_ENTROPY_NO_MEMORY, or LT_ENTROPY_NO_FREQUENCY where a digit occurs that its table gives none. */
 int lt_entropy_encode(const uint8_t *q, int64_t out, int64_t in, int64_t slices, const uint8_t *row_class,
                       const uint8_t *col_class, const uint64_t *const *tables, int64_t chunk, uint8_t *const *buffers,
-                      int64_t *sizes);
+                      int64_t *entries);
 
 /* One chunk of the first `levels` slices. streams: one for each slice, head and chunks, sizes in bytes. packed[s]: the
  * whole slice, u8 [in * out_pad / 4], of which the chunk's channels are written. isa as for lt_engine_new. The streams

@@ -23,7 +23,9 @@ Buffer = bytes | memoryview | NDArray[np.uint8]
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 _NO_FREQUENCY, _NO_MEMORY, _NO_ISA = 100, 101, 102
-STATE_BYTES = 64
+LENGTH_BITS = 29
+"""Of a chunk's entry; above them log2 of its states."""
+MOST_STATE_BYTES = 64
 
 
 @cache
@@ -70,25 +72,26 @@ def encode(q: U8, row_class: U8, col_class: U8, tables: Tables, threads: int = 1
     packed = [np.ascontiguousarray(table) for table in tables.packed]
     table_pointers = _pointers(packed)
 
-    def chunk(index: int) -> list[bytes]:
-        room = 2 * out * min(width, inputs - index * width) + STATE_BYTES
+    def chunk(index: int) -> list[tuple[int, bytes]]:
+        room = 2 * out * min(width, inputs - index * width) + MOST_STATE_BYTES
         buffers = np.empty((slices, room), np.uint8)
-        sizes = (_i64 * slices)()
+        entries = (_i64 * slices)()
         failed = _library().lt_entropy_encode(
             *(q.ctypes.data, out, inputs, slices, rows.ctypes.data, columns.ctypes.data, table_pointers, index),
-            *(_pointers(list(buffers)), sizes),
+            *(_pointers(list(buffers)), entries),
         )
         if failed == _NO_FREQUENCY:
             raise LowtideError("an integer has no frequency in its table; fit the tables to all matrices they code")
         if failed:
             raise LowtideError("not enough memory to code a matrix; close something")
-        return [buffers[s, : sizes[s]].tobytes() for s in range(slices)]
+        sizes = [entry & ((1 << LENGTH_BITS) - 1) for entry in entries]
+        return [(entries[s], buffers[s, : sizes[s]].tobytes()) for s in range(slices)]
 
     chunks = _each(chunk, -(-inputs // width), threads)
     streams = []
     for s in range(slices):
-        head = np.array([len(chunks), *(len(c[s]) for c in chunks)], "<u4")
-        streams.append(head.tobytes() + b"".join(c[s] for c in chunks))
+        head = np.array([len(chunks), *(c[s][0] for c in chunks)], "<u4")
+        streams.append(head.tobytes() + b"".join(c[s][1] for c in chunks))
     return streams
 
 

@@ -1,7 +1,7 @@
 """The entropy coder in plain numpy: the specification that csrc/entropy.cpp matches byte for byte. Slow; for tests.
 
 rANS after J. Duda, "Asymmetric numeral systems" (arXiv:1311.2540), states interleaved after F. Giesen, "Interleaved
-entropy coders" (arXiv:1402.3392). Row i of a channel belongs to lane i mod LANES.
+entropy coders" (arXiv:1402.3392). Row i of a channel belongs to lane i mod the number of lanes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
 
 LANES = 16
+"""States of a chunk and slice, at most; with few words fewer: 8, 4, 2 or 1."""
+BYTES_PER_STATE = 800
+LENGTH_BITS = 29
 LOW = 1 << 16
 CHUNK_WEIGHTS = 1 << 20
 
@@ -42,22 +45,35 @@ def encode(q: U8, row_class: U8, col_class: U8, tables: Tables) -> list[bytes]:
     for s in range(tables.slices):
         known = q.astype(np.int64) >> 2 * (tables.slices - 1 - s)
         parts = [_encode_chunk(known[:, a:b], context[:, a:b], tables.frequencies[s]) for a, b in chunks(out, inputs)]
-        streams.append(np.array([len(parts), *map(len, parts)], "<u4").tobytes() + b"".join(parts))
+        streams.append(np.array([len(parts), *(entry for entry, _ in parts)], "<u4").tobytes())
+        streams[-1] += b"".join(data for _, data in parts)
     return streams
 
 
-def _steps(out: int, channels: int) -> Iterator[tuple[int, slice]]:
-    """(channel, rows) of each step of up to LANES weights, in the order of decoding."""
+def _steps(shape: tuple[int, ...], lanes: int) -> Iterator[tuple[int, slice]]:
+    """(channel, rows) of each step of up to `lanes` weights, in the order of decoding."""
+    out, channels = shape
     for channel in range(channels):
-        for first in range(0, out, LANES):
-            yield channel, slice(first, min(first + LANES, out))
+        for first in range(0, out, lanes):
+            yield channel, slice(first, min(first + lanes, out))
 
 
-def _encode_chunk(known: I64, context: I64, frequencies: I64) -> bytes:
-    """known int64 [out, channels]: the digits up to this slice's as one integer, the last one to be coded."""
-    state = np.full(LANES, LOW, np.int64)
+def _encode_chunk(known: I64, context: I64, frequencies: I64) -> tuple[int, bytes]:
+    """(entry in the stream's head, states and words) of known int64 [out, channels]: the digits up to this slice's as
+    one integer, the last one to be coded."""
+    data = _encode_lanes(known, context, frequencies, LANES)
+    lanes = LANES
+    while lanes > 1 and len(data) - 4 * LANES < lanes * BYTES_PER_STATE:
+        lanes //= 2
+    if lanes < LANES:
+        data = _encode_lanes(known, context, frequencies, lanes)
+    return len(data) | (lanes.bit_length() - 1) << LENGTH_BITS, data
+
+
+def _encode_lanes(known: I64, context: I64, frequencies: I64, lanes: int) -> bytes:
+    state = np.full(lanes, LOW, np.int64)
     words: list[int] = []
-    for channel, rows in reversed(list(_steps(*known.shape))):
+    for channel, rows in reversed(list(_steps(known.shape, lanes))):
         prefix, digit = known[rows, channel] >> 2, known[rows, channel] & 3
         table = frequencies[context[rows, channel], prefix]
         frequency = np.take_along_axis(table, digit[:, None], 1)[:, 0]
@@ -88,34 +104,35 @@ def decode_q(
         spans = chunks(out, inputs)
         parts = _split(stream, len(spans))
         if parts is None or not all(
-            _decode_chunk(part, known[:, a:b], context[:, a:b], tables.frequencies[s])
-            for part, (a, b) in zip(parts, spans, strict=True)
+            _decode_chunk(lanes, part, known[:, a:b], context[:, a:b], tables.frequencies[s])
+            for (lanes, part), (a, b) in zip(parts, spans, strict=True)
         ):
             raise LowtideError(f"{where}: the coded weights are damaged; get the file again")
     return (known << 2 * (tables.slices - len(streams))).astype(np.uint8)
 
 
-def _split(stream: bytes, count: int) -> list[bytes] | None:
-    """The chunks of one slice's stream, or None where its head does not fit."""
+def _split(stream: bytes, count: int) -> list[tuple[int, bytes]] | None:
+    """(lanes, states and words) of the chunks of one slice's stream, or None where its head does not fit."""
     if len(stream) < 4 + 4 * count:
         return None
     head = np.frombuffer(stream, "<u4", 1 + count).astype(np.int64)
-    cuts = 4 + 4 * count + np.concatenate([[0], np.cumsum(head[1:])])
-    if head[0] != count or cuts[-1] != len(stream):
+    lengths, doublings = head[1:] & ((1 << LENGTH_BITS) - 1), head[1:] >> LENGTH_BITS
+    cuts = 4 + 4 * count + np.concatenate([[0], np.cumsum(lengths)])
+    if head[0] != count or cuts[-1] != len(stream) or (1 << doublings > LANES).any():
         return None
-    return [stream[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(1 << int(n), stream[a:b]) for n, a, b in zip(doublings, cuts, cuts[1:], strict=False)]
 
 
-def _decode_chunk(data: bytes, known: I64, context: I64, frequencies: I64) -> bool:
+def _decode_chunk(lanes: int, data: bytes, known: I64, context: I64, frequencies: I64) -> bool:
     """Appends the slice's digits to known int64 [out, channels]; False where the data do not fit."""
-    if len(data) < 4 * LANES or len(data) % 2:
+    if len(data) < 4 * lanes or len(data) % 2:
         return False
-    state = np.frombuffer(data, "<u4", LANES).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=4 * LANES).astype(np.int64)
+    state = np.frombuffer(data, "<u4", lanes).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.int64)
     if (state < LOW).any():
         return False
     at = 0
-    for channel, rows in _steps(*known.shape):
+    for channel, rows in _steps(known.shape, lanes):
         table = frequencies[context[rows, channel], known[rows, channel]]
         x, ends = state[: len(table)], table.cumsum(1)
         slot = x & (TOTAL - 1)
