@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from lowtide.compress.prune import magnitude, random, sparsegpt, wanda
+from lowtide.compress.prune import importance, magnitude, random, sparsegpt, wanda
 from lowtide.compress.prune.base import LayerProblem, Pruned, Pruner
 from lowtide.errors import LowtideError
 
@@ -16,6 +16,7 @@ PRUNERS: dict[str, Pruner] = {
     "random": random.prune,
     "wanda": wanda.prune,
     "sparsegpt": sparsegpt.prune,
+    "importance": importance.prune,
 }
 
 
