@@ -1,0 +1,1 @@
+"""What is learned: the importance network (which weights matter), and how to train it."""
