@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 U8 = NDArray[np.uint8]
 FRAMEWORK = ("torchvision", "cv2", "ptflops", "torchmetrics", "pandas", "sklearn", "h5py", "click", "tqdm", "flwr")
-SCALE_BITS = 16
+SMALLEST = 2.0**-24
+"""float16"""
 
 
 @dataclass(frozen=True)
 class Coded:
-    """What one coder made of all tensors; decode_s is None where a peer's decoding is not timed apart."""
+    """What one coder made of all tensors."""
 
     size_bytes: float
     encode_s: float
@@ -99,8 +100,9 @@ def constriction_tensor(tensors: list[U8], middle: int) -> Coded | None:
     models = constriction.stream.model
     size = encode_s = decode_s = 0.0
     for q in tensors:
-        counts = np.bincount(q.ravel(), minlength=int(q.max()) + 1).astype(np.float16).clip(0, 60000)
-        share = (counts / counts.astype(np.float64).sum()).astype(np.float32)
+        counts = np.bincount(q.ravel(), minlength=int(q.max()) + 1)
+        stored = np.where(counts, np.maximum(counts / q.size, SMALLEST), 0).astype(np.float16)
+        share = stored.astype(np.float32) / stored.sum(dtype=np.float32)
         symbols = q.ravel().astype(np.int32)
         start = time.perf_counter()
         coder = constriction.stream.stack.AnsCoder()
@@ -111,7 +113,7 @@ def constriction_tensor(tensors: list[U8], middle: int) -> Coded | None:
         decode_s += time.perf_counter() - between
         encode_s += between - start
         _same([found], [symbols])
-        size += words.nbytes + counts.size * SCALE_BITS / 8
+        size += words.nbytes + stored.nbytes
     return Coded(size, encode_s, decode_s)
 
 
@@ -127,8 +129,8 @@ def constriction_row(tensors: list[U8], middle: int) -> Coded | None:
         w = q.astype(np.int32) - middle
         low, high = int(w.min()), max(int(w.max()), int(w.min()) + 1)
         family = constriction.stream.model.QuantizedLaplace(low, high)
-        scale = np.abs(w).mean(1).clip(0.05).astype(np.float16).astype(np.float64)
-        means, scales = np.zeros(w.size), np.repeat(scale, w.shape[1])
+        scale = np.abs(w).mean(1).clip(0.05).astype(np.float16)
+        means, scales = np.zeros(w.size), np.repeat(scale.astype(np.float64), w.shape[1])
         start = time.perf_counter()
         coder = queue.RangeEncoder()
         coder.encode(w.ravel(), family, means, scales)
@@ -138,7 +140,7 @@ def constriction_row(tensors: list[U8], middle: int) -> Coded | None:
         decode_s += time.perf_counter() - between
         encode_s += between - start
         _same([found], [w.ravel()])
-        size += words.nbytes + len(scale) * SCALE_BITS / 8
+        size += words.nbytes + scale.nbytes
     return Coded(size, encode_s, decode_s)
 
 

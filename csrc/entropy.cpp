@@ -129,13 +129,13 @@ int decode_chunk_portable(const DecodeJob &job) {
   uint32_t state[4][kLanes];
   if (const int bad = load_states(job, stream, state)) return bad;
   const int64_t out_pad = padded_rows(job.out);
-  std::vector<uint8_t> context((size_t)job.out), prefix((size_t)job.out), digits((size_t)out_pad);
+  std::vector<uint8_t> context((size_t)job.out), prefix((size_t)job.out), digits((size_t)out_pad), all((size_t)padded_rows(job.rows));
   for (int64_t j = 0; j < job.channels; ++j) {
     for (int64_t i = 0; i < job.out; ++i) context[(size_t)i] = (uint8_t)context_of(job.row_class[i], job.col_class[j]);
     std::fill(prefix.begin(), prefix.end(), 0);
     for (int s = 0; s < job.levels; ++s) {
       if (!decode_rows(job.out, context.data(), job.tables[s], s, stream[s], state[s], prefix.data(), digits.data())) return s + 1;
-      pack_channel(digits.data(), out_pad, job.packed[s] + j * (out_pad / 4));
+      put_channel(job, s, j, digits.data(), all.data());
     }
   }
   return check_end(job, stream, state);
@@ -163,17 +163,20 @@ int lt_entropy_encode(const uint8_t *q, int64_t out, int64_t in, int64_t slices,
   const int64_t width = chunk_channels(out, in), first = chunk * width, channels = std::min(width, in - first);
   try {
     const std::vector<uint8_t> turned = transposed(q, out, in, first, channels);
-    for (int s = 0; s < slices; ++s) {
-      uint8_t *top = buffers[s] + 2 * out * channels + kMostStateBytes;
-      const auto encode_with = [&](int lanes) {
-        return encode_slice(turned, out, channels, (int)slices, s, lanes, row_class, col_class + first, tables[s], top);
-      };
-      const uint8_t *at = encode_with(kLanes);
-      if (!at) return LT_ENTROPY_NO_FREQUENCY;
-      const int lanes = lanes_for(top - at - kMostStateBytes);
-      if (lanes < kLanes) at = encode_with(lanes);
-      std::memmove(buffers[s], at, (size_t)(top - at));
-      entries[s] = (top - at) | int64_t{__builtin_ctz(lanes)} << kLengthBits;
+    // Once with all lanes for the size, and again with fewer where that is too small for so many states.
+    for (int lanes = kLanes, fitting = kLanes;; lanes = fitting) {
+      int64_t bytes = 0;
+      for (int s = 0; s < slices; ++s) {
+        uint8_t *top = buffers[s] + 2 * out * channels + kMostStateBytes;
+        const uint8_t *at =
+            encode_slice(turned, out, channels, (int)slices, s, lanes, row_class, col_class + first, tables[s], top);
+        if (!at) return LT_ENTROPY_NO_FREQUENCY;
+        bytes += top - at - 4 * lanes;
+        entries[s] = (top - at) | int64_t{__builtin_ctz((unsigned)lanes)} << kLengthBits;
+        std::memmove(buffers[s], at, (size_t)(top - at));
+      }
+      if (lanes == kLanes) fitting = lanes_for(bytes, slices);
+      if (fitting == lanes) break;
     }
   } catch (const std::bad_alloc &) {
     return LT_ENTROPY_NO_MEMORY;
@@ -183,19 +186,21 @@ int lt_entropy_encode(const uint8_t *q, int64_t out, int64_t in, int64_t slices,
 
 int lt_entropy_decode(const uint8_t *const *streams, const int64_t *sizes, int64_t levels, int64_t out, int64_t in,
                       const uint8_t *row_class, const uint8_t *col_class, const uint64_t *const *tables, int64_t chunk,
-                      uint8_t *const *packed, const char *isa) {
+                      int64_t rows, const uint32_t *source, uint8_t *const *packed, const char *isa) {
   const DecodeChunk decode = find_decoder(isa);
   if (!decode) return LT_ENTROPY_NO_ISA;
   const int64_t width = chunk_channels(out, in), first = chunk * width;
   DecodeJob job{};
   job.out = out;
+  job.rows = rows;
+  job.source = source;
   job.channels = std::min(width, in - first);
   job.levels = (int)levels;
   job.row_class = row_class;
   job.col_class = col_class + first;
   for (int s = 0; s < levels; ++s) {
     job.tables[s] = tables[s];
-    job.packed[s] = packed[s] + first * (padded_rows(out) / 4);
+    job.packed[s] = packed[s] + first * (padded_rows(rows) / 4);
     if (!find_chunk(streams[s], sizes[s], (in + width - 1) / width, chunk, job.stream[s])) return s + 1;
   }
   try {

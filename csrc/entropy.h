@@ -8,7 +8,7 @@ namespace lowtide {
 namespace entropy {
 
 constexpr int kLanes = 16;                        // interleaved states of a chunk and slice, at most
-constexpr int64_t kBytesPerState = 800;           // of words, that each state beyond the first asks for
+constexpr int64_t kBytesPerState = 800;           // of words that each state asks for
 constexpr int kContexts = 48;
 constexpr int kBase = 40;                         // context = row class + column class - kBase, clipped
 constexpr int kProbBits = 14;                     // frequencies of a table add up to 2^14
@@ -35,10 +35,11 @@ inline int context_of(int row_class, int col_class) {
 inline uint32_t start_of(uint64_t table, int digit) { return (uint32_t)((table << 16) >> (16 * digit)) & 0xffff; }
 inline uint32_t end_of(uint64_t table, int digit) { return (uint32_t)(table >> (16 * digit)) & 0xffff; }
 
-// States of a chunk and slice with so many bytes of words: 1, 2, 4, 8 or 16, so that they take half a percent at most.
-inline int lanes_for(int64_t bytes) {
+// Lanes of each slice of a chunk whose slices have so many bytes of words: 1, 2, 4, 8 or 16, so that all states take
+// about half a percent at most.
+inline int lanes_for(int64_t bytes, int64_t slices) {
   int lanes = kLanes;
-  while (lanes > 1 && bytes < lanes * kBytesPerState) lanes /= 2;
+  while (lanes > 1 && bytes < lanes * slices * kBytesPerState) lanes /= 2;
   return lanes;
 }
 
@@ -55,7 +56,9 @@ struct DecodeJob {
   const uint8_t *col_class;      // [channels]
   const uint64_t *tables[4];     // [kContexts, 4^s] each
   Stream stream[4];
-  uint8_t *packed[4];            // [channels, out_pad / 4] each
+  int64_t rows;                  // of the result
+  const uint32_t *source;        // [rows], each below out: the coded row that a row is; or null, rows being out
+  uint8_t *packed[4];            // [channels, rows_pad / 4] each
 };
 
 // 0, or 1 + the slice whose stream does not decode. Throws std::bad_alloc.
@@ -100,6 +103,16 @@ int decode_chunk_avx512(const DecodeJob &job);
       to[b] = (uint8_t)(d[b] | d[b + wb] << 2 | d[b + 2 * wb] << 4 | d[b + 3 * wb] << 6);
     first += 4 * wb;
   }
+}
+
+// One channel of slice s from the digits u8 [out_pad] of the coded rows. all: u8 [rows_pad] to work in, zero after rows.
+[[maybe_unused]] static void put_channel(const DecodeJob &job, int s, int64_t channel, const uint8_t *digits, uint8_t *all) {
+  const int64_t rows_pad = padded_rows(job.rows);
+  if (job.source) {
+    for (int64_t i = 0; i < job.rows; ++i) all[i] = digits[job.source[i]];
+    digits = all;
+  }
+  pack_channel(digits, rows_pad, job.packed[s] + channel * (rows_pad / 4));
 }
 
 }  // namespace entropy

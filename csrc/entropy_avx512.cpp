@@ -67,7 +67,7 @@ inline __m512i small_steps(Lanes &lanes, __mmask16 active, __m512i index, const 
 
 // All slices of sixteen rows at a time, so that the slices' chains of dependent steps overlap.
 template <int kLevels>
-int decode_channels(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLanes], uint8_t *digits, int64_t out_pad) {
+int decode_channels(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLanes], uint8_t *digits, int64_t out_pad, uint8_t *all) {
   Lanes lanes[kLevels];
   for (int s = 0; s < kLevels; ++s) 
     lanes[s] = {_mm512_loadu_si512(state[s]), stream[s].at, stream[s].end, stream[s].lanes};
@@ -89,7 +89,7 @@ int decode_channels(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLan
         _mm_storeu_si128((__m128i *)(digits + s * out_pad + i), _mm512_maskz_cvtepi32_epi8(active, digit));
       }
     }
-    for (int s = 0; s < kLevels; ++s) pack_channel(digits + s * out_pad, out_pad, job.packed[s] + j * (out_pad / 4));
+    for (int s = 0; s < kLevels; ++s) put_channel(job, s, j, digits + s * out_pad, all);
   }
   for (int s = 0; s < kLevels; ++s) {
     _mm512_storeu_si512(state[s], lanes[s].x);
@@ -101,16 +101,18 @@ int decode_channels(const DecodeJob &job, Stream *stream, uint32_t (*state)[kLan
 }  // namespace
 
 int decode_chunk_avx512(const DecodeJob &job) {
+  // A chain of steps of so few lanes is shorter the plain way.
+  if (job.stream[0].lanes < 8) return decode_chunk_portable(job);
   Stream stream[4];
   uint32_t state[4][kLanes];
   if (const int bad = load_states(job, stream, state)) return bad;
   const int64_t out_pad = padded_rows(job.out);
-  std::vector<uint8_t> digits((size_t)(out_pad * job.levels));
+  std::vector<uint8_t> digits((size_t)(out_pad * job.levels)), all((size_t)padded_rows(job.rows));
   switch (job.levels) {
-    case 1: return decode_channels<1>(job, stream, state, digits.data(), out_pad);
-    case 2: return decode_channels<2>(job, stream, state, digits.data(), out_pad);
-    case 3: return decode_channels<3>(job, stream, state, digits.data(), out_pad);
-    default: return decode_channels<4>(job, stream, state, digits.data(), out_pad);
+    case 1: return decode_channels<1>(job, stream, state, digits.data(), out_pad, all.data());
+    case 2: return decode_channels<2>(job, stream, state, digits.data(), out_pad, all.data());
+    case 3: return decode_channels<3>(job, stream, state, digits.data(), out_pad, all.data());
+    default: return decode_channels<4>(job, stream, state, digits.data(), out_pad, all.data());
   }
 }
 

@@ -115,11 +115,12 @@ int lt_entropy_encode(const uint8_t *q, int64_t out, int64_t in, int64_t slices,
                       int64_t *entries);
 
 /* One chunk of the first `levels` slices. streams: one for each slice, head and chunks, sizes in bytes. packed[s]: the
- * whole slice, u8 [in * out_pad / 4], of which the chunk's channels are written. isa as for lt_engine_new. The streams
+ * whole slice, u8 [in * rows_pad / 4], of which the chunk's channels are written. Row i of `rows` is row source[i] of
+ * those coded; source is NULL where rows is out. isa as for lt_engine_new. The streams
  * need not be valid: returns 0, or 1 + the slice whose stream does not fit, LT_ENTROPY_NO_MEMORY or _NO_ISA. */
 int lt_entropy_decode(const uint8_t *const *streams, const int64_t *sizes, int64_t levels, int64_t out, int64_t in,
                       const uint8_t *row_class, const uint8_t *col_class, const uint64_t *const *tables, int64_t chunk,
-                      uint8_t *const *packed, const char *isa);
+                      int64_t rows, const uint32_t *source, uint8_t *const *packed, const char *isa);
 
 #ifdef __cplusplus
 }

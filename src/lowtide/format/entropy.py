@@ -40,6 +40,8 @@ BLOCK_WEIGHTS = 1 << 20
 CHANCE = 0.6
 """Half-normal 0.57, exponential 1. Smallest files of stories15M at densities 1, 0.3 and 0.1 (of 0, 0.3, 0.6, 1)."""
 TABLE_HEAD = 3
+SHORT_ROW = 16
+"""Rows shorter than this are coded even where they are copies: saying which they are costs about as much."""
 
 
 def classes(q: U8, slices: int, middle: int | None = None) -> tuple[U8, U8]:
@@ -105,6 +107,53 @@ def contexts(row_class: U8, col_class: U8) -> U8:
     """The context of every weight, uint8 [out, in] below CONTEXTS."""
     total = row_class.astype(np.int16)[:, None] + col_class.astype(np.int16) - BASE
     return np.clip(total, 0, CONTEXTS - 1).astype(np.uint8)
+
+
+def copied_rows(q: U8) -> tuple[I64, bytes]:
+    """Rows to code, int64 [n], and the bytes that say which rows are copies of them (4 if none are).
+
+    Vocabularies have many rows that were never trained and round to the same integers.
+    """
+    if q.shape[1] < SHORT_ROW:
+        return np.arange(len(q)), bytes(4)
+    place: dict[bytes, int] = {}
+    source = np.array([place.setdefault(row.tobytes(), len(place)) for row in q], np.int64)
+    first = np.concatenate([[True], source[1:] > np.maximum.accumulate(source)[:-1]])
+    copies = source[~first]
+    head = np.array([len(copies)], "<u4").tobytes()
+    if not len(copies):
+        return np.flatnonzero(first), head
+    width = max(1, (len(place) - 1).bit_length())
+    digits = (copies[:, None] >> np.arange(width) & 1).astype(np.uint8)
+    return np.flatnonzero(first), head + np.packbits(first).tobytes() + np.packbits(digits).tobytes()
+
+
+def read_copied_rows(data: bytes | memoryview | U8, out: int, where: str) -> tuple[I64, I64, int]:
+    """(rows that are coded int64 [n], for each row its place among them int64 [out], bytes used) from the beginning of
+    the stream of slice 0.
+
+    Raises:
+        LowtideError: bytes that `copied_rows` would not have made; it names `where`.
+    """
+    damaged = LowtideError(f"{where}: the coded weights are damaged; get the file again")
+    view: U8 = np.frombuffer(data, np.uint8)
+    count = int.from_bytes(view[:4].tobytes(), "little")
+    if len(view) < 4 or count >= out:
+        raise damaged
+    if not count:
+        return np.arange(out), np.arange(out), 4
+    width, mask = max(1, (out - count - 1).bit_length()), 4 + -(-out // 8)
+    end = mask + -(-count * width // 8)
+    if len(view) < end:
+        raise damaged
+    first = np.unpackbits(view[4:mask])[:out].astype(bool)
+    digits = np.unpackbits(view[mask:end])[: count * width].reshape(count, width)
+    source = np.cumsum(first) - 1
+    copies = (digits.astype(np.int64) << np.arange(width)).sum(1)
+    if np.count_nonzero(first) != out - count or (copies > source[~first]).any():
+        raise damaged
+    source[~first] = copies
+    return np.flatnonzero(first), source, end
 
 
 def check_integers(q: U8, slices: int) -> None:

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
 from lowtide.format.codec import packed_shape, unpack_digits
-from lowtide.format.entropy import BASE, CONTEXTS, MAX_SLICES, Tables, check_integers
+from lowtide.format.entropy import (
+    BASE,
+    CONTEXTS,
+    MAX_SLICES,
+    Tables,
+    check_integers,
+    copied_rows,
+    read_copied_rows,
+)
 from lowtide.kernels import native
 
 U8 = NDArray[np.uint8]
@@ -36,19 +44,21 @@ def _library() -> ctypes.CDLL:
     lib.lt_entropy_histogram.restype = None
     lib.lt_entropy_histogram.argtypes = [_pointer, *shared, _pointer]
     lib.lt_entropy_encode.argtypes = [_pointer, *shared, _pointer, _i64, _pointer, _pointer]
-    lib.lt_entropy_decode.argtypes = [_pointer, _pointer, *shared, _pointer, _i64, _pointer, ctypes.c_char_p]
+    lib.lt_entropy_decode.argtypes = [_pointer, _pointer, *shared, _pointer, _i64, _i64, _pointer, _pointer]
+    lib.lt_entropy_decode.argtypes += [ctypes.c_char_p]
     return lib
 
 
 def histogram(q: U8, row_class: U8, col_class: U8, slices: int) -> I64:
-    """How often each integer occurs in each context: int64 [C, 4^S].
+    """How often each integer occurs in each context: int64 [C, 4^S]. Rows that `encode` copies are not counted again.
 
     Args:
         q: uint8 [out, in], each below 4^S. row_class: uint8 [out]. col_class: uint8 [in].
     """
     q = _checked(q, row_class, col_class, slices)
+    stored, _ = copied_rows(q)
     counts = np.zeros((CONTEXTS, 4**slices), np.int64)
-    rows, columns = np.ascontiguousarray(row_class), np.ascontiguousarray(col_class)
+    q, rows, columns = _rows_of(q, stored), row_class[stored], np.ascontiguousarray(col_class)
     _library().lt_entropy_histogram(
         q.ctypes.data, *q.shape, slices, rows.ctypes.data, columns.ctypes.data, counts.ctypes.data
     )
@@ -66,8 +76,9 @@ def encode(q: U8, row_class: U8, col_class: U8, tables: Tables, threads: int = 1
     """
     slices = tables.slices
     q = _checked(q, row_class, col_class, slices)
+    stored, copies = copied_rows(q)
+    q, rows, columns = _rows_of(q, stored), row_class[stored], np.ascontiguousarray(col_class)
     out, inputs = q.shape
-    rows, columns = np.ascontiguousarray(row_class), np.ascontiguousarray(col_class)
     width = _library().lt_entropy_chunk_channels(out, inputs)
     packed = [np.ascontiguousarray(table) for table in tables.packed]
     table_pointers = _pointers(packed)
@@ -91,7 +102,7 @@ def encode(q: U8, row_class: U8, col_class: U8, tables: Tables, threads: int = 1
     streams = []
     for s in range(slices):
         head = np.array([len(chunks), *(c[s][0] for c in chunks)], "<u4")
-        streams.append(head.tobytes() + b"".join(c[s][1] for c in chunks))
+        streams.append((b"" if s else copies) + head.tobytes() + b"".join(c[s][1] for c in chunks))
     return streams
 
 
@@ -127,8 +138,11 @@ def decode(
     if packed_out.strides[1] != 1 or not packed_out.flags.writeable:
         raise ValueError("packed_out must be writeable, and each slice contiguous")
     _check_classes(row_class, col_class, out, inputs)
-    rows, columns = np.ascontiguousarray(row_class), np.ascontiguousarray(col_class)
     data = [np.frombuffer(stream, np.uint8) for stream in streams]
+    stored, source, used = read_copied_rows(data[0], out, where)
+    data[0] = data[0][used:]
+    rows, columns = row_class[stored], np.ascontiguousarray(col_class)
+    sources = source.astype(np.uint32) if len(stored) < out else None
     sizes = (_i64 * levels)(*(len(d) for d in data))
     packed = [np.ascontiguousarray(table) for table in tables.packed]
     pointers = _pointers(data), _pointers(packed), _pointers(list(packed_out))
@@ -136,8 +150,9 @@ def decode(
 
     def chunk(index: int) -> None:
         failed = _library().lt_entropy_decode(
-            *(pointers[0], sizes, levels, out, inputs, rows.ctypes.data, columns.ctypes.data, pointers[1], index),
-            *(pointers[2], wanted.encode() if wanted else None),
+            *(pointers[0], sizes, levels, len(stored), inputs, rows.ctypes.data, columns.ctypes.data, pointers[1]),
+            *(index, out, None if sources is None else sources.ctypes.data, pointers[2]),
+            wanted.encode() if wanted else None,
         )
         if failed == _NO_ISA:
             found = ", ".join(native.available_isas())
@@ -147,7 +162,7 @@ def decode(
         if failed:
             raise LowtideError(f"{where}: the coded weights are damaged; get the file again")
 
-    _each(chunk, -(-inputs // _library().lt_entropy_chunk_channels(out, inputs)), threads)
+    _each(chunk, -(-inputs // _library().lt_entropy_chunk_channels(len(stored), inputs)), threads)
     packed_out[levels:] = 0
 
 
@@ -225,6 +240,10 @@ def _check_classes(row_class: U8, col_class: U8, out: int, inputs: int) -> None:
     for name, found, length in (("row_class", row_class, out), ("col_class", col_class, inputs)):
         if found.dtype != np.uint8 or found.shape != (length,):
             raise ValueError(f"{name} must be uint8 [{length}], not {found.dtype} {found.shape}")
+
+
+def _rows_of(q: U8, stored: I64) -> U8:
+    return q if len(stored) == len(q) else q[stored]
 
 
 def _pointers(arrays: Sequence[NDArray[Any]]) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
-from lowtide.format.entropy import PROB_BITS, TOTAL, Tables, contexts
+from lowtide.format.entropy import PROB_BITS, TOTAL, Tables, contexts, copied_rows, read_copied_rows
 
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
@@ -39,14 +39,17 @@ def chunks(out: int, inputs: int) -> list[tuple[int, int]]:
 
 def encode(q: U8, row_class: U8, col_class: U8, tables: Tables) -> list[bytes]:
     """As `lowtide.kernels.entropy.encode`."""
-    out, inputs = q.shape
-    context = contexts(row_class, col_class).astype(np.int64)
+    stored, copies = copied_rows(q)
+    context = contexts(row_class[stored], col_class).astype(np.int64)
+    known = [q[stored].astype(np.int64) >> 2 * (tables.slices - 1 - s) for s in range(tables.slices)]
+    spans = chunks(*context.shape)
+    coded = [_encode_chunk([k[:, a:b] for k in known], context[:, a:b], tables.frequencies) for a, b in spans]
     streams = []
     for s in range(tables.slices):
-        known = q.astype(np.int64) >> 2 * (tables.slices - 1 - s)
-        parts = [_encode_chunk(known[:, a:b], context[:, a:b], tables.frequencies[s]) for a, b in chunks(out, inputs)]
-        streams.append(np.array([len(parts), *(entry for entry, _ in parts)], "<u4").tobytes())
-        streams[-1] += b"".join(data for _, data in parts)
+        parts = [chunk[s] for chunk in coded]
+        head = np.array([len(parts), *(entry for entry, _ in parts)], "<u4").tobytes()
+        streams.append(head + b"".join(data for _, data in parts))
+    streams[0] = copies + streams[0]
     return streams
 
 
@@ -58,16 +61,15 @@ def _steps(shape: tuple[int, ...], lanes: int) -> Iterator[tuple[int, slice]]:
             yield channel, slice(first, min(first + lanes, out))
 
 
-def _encode_chunk(known: I64, context: I64, frequencies: I64) -> tuple[int, bytes]:
-    """(entry in the stream's head, states and words) of known int64 [out, channels]: the digits up to this slice's as
-    one integer, the last one to be coded."""
-    data = _encode_lanes(known, context, frequencies, LANES)
-    lanes = LANES
-    while lanes > 1 and len(data) - 4 * LANES < lanes * BYTES_PER_STATE:
+def _encode_chunk(known: list[I64], context: I64, frequencies: list[I64]) -> list[tuple[int, bytes]]:
+    """(entry in the stream's head, states and words) of every slice. known int64 [out, channels] for each: the digits
+    up to it as one integer, the last one to be coded."""
+    lanes, data = LANES, [_encode_lanes(k, context, f, LANES) for k, f in zip(known, frequencies, strict=True)]
+    while lanes > 1 and sum(len(d) - 4 * LANES for d in data) < lanes * len(data) * BYTES_PER_STATE:
         lanes //= 2
     if lanes < LANES:
-        data = _encode_lanes(known, context, frequencies, lanes)
-    return len(data) | (lanes.bit_length() - 1) << LENGTH_BITS, data
+        data = [_encode_lanes(k, context, f, lanes) for k, f in zip(known, frequencies, strict=True)]
+    return [(len(d) | (lanes.bit_length() - 1) << LENGTH_BITS, d) for d in data]
 
 
 def _encode_lanes(known: I64, context: I64, frequencies: I64, lanes: int) -> bytes:
@@ -98,17 +100,18 @@ def decode_q(
     where: str = "graded weights",
 ) -> U8:
     """As `lowtide.kernels.entropy.decode_q`."""
-    context = contexts(row_class, col_class).astype(np.int64)
-    known = np.zeros((out, inputs), np.int64)
-    for s, stream in enumerate(streams):
-        spans = chunks(out, inputs)
+    stored, source, used = read_copied_rows(streams[0], out, where)
+    context = contexts(row_class[stored], col_class).astype(np.int64)
+    known = np.zeros(context.shape, np.int64)
+    spans = chunks(*context.shape)
+    for s, stream in enumerate([streams[0][used:], *streams[1:]]):
         parts = _split(stream, len(spans))
         if parts is None or not all(
             _decode_chunk(lanes, part, known[:, a:b], context[:, a:b], tables.frequencies[s])
             for (lanes, part), (a, b) in zip(parts, spans, strict=True)
         ):
             raise LowtideError(f"{where}: the coded weights are damaged; get the file again")
-    return (known << 2 * (tables.slices - len(streams))).astype(np.uint8)
+    return (known[source] << 2 * (tables.slices - len(streams))).astype(np.uint8)
 
 
 def _split(stream: bytes, count: int) -> list[tuple[int, bytes]] | None:
