@@ -1,9 +1,9 @@
 """DSnoT (Zhang et al. 2023, "Dynamic sparse no training: training-free fine-tuning for sparse LLMs").
 
 On top of any rule's mask: in each row, swap one removed weight for one kept, again and again, so that the expected
-error of the output, E[e_i] = sum over removed j of w_ij E[x_j], goes towards zero. The weight that returns takes most of
-it away, given the variance of its input; the weight that goes is the one of least Wanda score among those whose removal
-moves the error the same way. Values stay those of the dense model: the rule's own weight updates are given up.
+error of the output, E[e_i] = sum over removed j of w_ij E[x_j], goes towards zero. The weight that returns takes most
+of it away, given the variance of its input; the weight that goes is the one of least Wanda score among those whose
+removal moves the error the same way. Values stay those of the dense model: the rule's own weight updates are given up.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def refine(problem: LayerProblem, mask: torch.Tensor, structure: str, cycles: in
             break
         sign = error.sign()[:, None]
         toward = sign * effect  # > 0: returning it, or keeping it out, matters in the error's direction
-        grow = torch.where(~mask & (toward > 0), toward / variance, -torch.inf)
-        returns, gain = grow.argmax(1), grow.amax(1)
         drop = torch.where(mask & (toward < 0), wanda, torch.inf)
+        grow = torch.where(~mask & (toward > 0) & _can_drop(drop, parsed), toward / variance, -torch.inf)
+        returns, gain = grow.argmax(1), grow.amax(1)
         drop = torch.where(_same_group(returns, w.shape[1], parsed), drop, torch.inf)
         leaves, cost = drop.argmin(1), drop.amin(1)
         after = error - effect[rows, returns] + effect[rows, leaves]
@@ -60,6 +60,14 @@ def refine(problem: LayerProblem, mask: torch.Tensor, structure: str, cycles: in
         error = torch.where(active, after, error)
         active &= error.abs() > limit
     return Pruned(mask, w * mask)
+
+
+def _can_drop(drop: torch.Tensor, structure: Structure) -> torch.Tensor:
+    """bool [out, in]: weights whose group of M holds one that may go."""
+    if structure.kind != "n:m":
+        return torch.isfinite(drop).any(1, keepdim=True)
+    groups = torch.isfinite(drop).view(len(drop), -1, structure.b).any(2)
+    return groups.repeat_interleave(structure.b, 1)
 
 
 def _same_group(place: torch.Tensor, inn: int, structure: Structure) -> torch.Tensor:

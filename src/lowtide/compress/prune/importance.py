@@ -14,20 +14,18 @@ from lowtide.compress.prune import updates
 from lowtide.compress.prune.base import LayerProblem, Pruned
 from lowtide.compress.prune.masks import check_fits, check_sparsity, make_mask, parse_structure
 
-ITERATIONS = 32
-GRADUAL = 20
-"""ADMM's iterations, and how many of them raise the sparsity."""
+ITERATIONS = 16
+GRADUAL = 10
+"""ADMM's iterations, and how many of them raise the sparsity. Twice as many: no less KL (stories15M)."""
 MULTIPLIER_RANGE = (1e-3, 1e3)
 """Bounds of importance / (w^2 E[x^2]) beside its median: where w is 0 the quotient says nothing."""
 
 
 def importance(problem: LayerProblem) -> torch.Tensor:
     """What removing each weight costs, f32 [out, in]: by the trained network where there is one, else `saliency`."""
-    try:
-        from lowtide.learn.importance import score
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("lowtide"):
-            raise
+    from lowtide.learn.importance import SHIPPED, score  # here: learning imports this package
+
+    if not SHIPPED.is_file():
         return saliency(problem)
     result: torch.Tensor = score(problem)
     return result
@@ -60,7 +58,7 @@ def guided(problem: LayerProblem, score: torch.Tensor, sparsity: float, structur
     """`prune` with a given importance, f32 [out, in]."""
     parsed = parse_structure(structure)
     check_sparsity(sparsity)
-    check_fits(parsed, *problem.weight.shape, problem.name)
+    check_fits(parsed, problem.weight.shape[0], problem.weight.shape[1], problem.name)
     hessian = updates.damped(problem.hessian)
     target = problem.weight if problem.target is None else problem.target
     wanda = problem.weight.square() * hessian.diagonal()

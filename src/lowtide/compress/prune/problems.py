@@ -151,7 +151,7 @@ class ProblemStore:
 
     def block(self, index: int) -> list[LayerProblem]:
         """The problems of one block."""
-        return split_problems(self.model, index, self._load(index), self.seed)
+        return split_problems(self.model, index, self.statistics(index), self.seed)
 
     def _open(self, key: dict[str, object]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,8 @@ class ProblemStore:
             _save(gradient, {"next": np.array(index - 1), "grad": grad.numpy()})
         gradient.unlink(missing_ok=True)
 
-    def _load(self, index: int) -> dict[str, GroupStats]:
+    def statistics(self, index: int) -> dict[str, GroupStats]:
+        """Group -> the dense model's statistics in one block, Hessians included (no sample of inputs)."""
         path = self._path(index)
         try:
             with np.load(path) as arrays:

@@ -1,8 +1,8 @@
 """Layer problems of a model that is pruned on the way, front to back.
 
-SparseGPT prunes a block, runs the calibration text through it and takes the next block's statistics from what comes out.
-Here each group of linear layers sees the inputs that the pruned model really gives it, groups before it in the same
-block included, and is told which weights would best give the dense model's outputs from them (`LayerProblem.target`).
+SparseGPT prunes a block, runs the calibration text through it and takes the next block's statistics from what comes
+out. Here each group of linear layers sees the inputs that the pruned model really gives it, groups before it in the
+same block included, and is told which weights would best give the dense model's outputs from them, `target`.
 
 With x the dense model's input, x' the pruned one's, H' = E[x' x''] and r the damping:
 target = (W E[x x''] + share * E[(d - d') x''] + r W) (H' + r)^-1, where d and d' are the residual streams that the
@@ -21,9 +21,10 @@ from lowtide.compress.calibrate import GroupStats
 from lowtide.compress.dense import Block, DenseModel, decoder_block, rope_tables
 from lowtide.compress.prune.base import LayerProblem
 from lowtide.compress.prune.problems import split_problems
-from lowtide.compress.prune.updates import DAMPING, damped
+from lowtide.compress.prune.updates import damped
 
-RESIDUAL_SHARE = 1.0
+RESIDUAL_SHARE = 0.0
+"""0.832 nats at 0 against 0.843 at 1 (stories15M, 60 %)."""
 ORDER = ("qkv", "o", "gate_up", "down")
 ADDS = ("o", "down")
 """Groups whose output is added to the residual stream."""
