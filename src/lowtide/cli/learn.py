@@ -53,8 +53,8 @@ def importance(
       lowtide learn importance ./SmolLM2-135M smol.safetensors --text wiki.txt
       lowtide learn importance ./a shared.safetensors --shared --also ./b --also ./c --steps 400
     """
-    from lowtide.cli.compress import progress_bar
     from lowtide.cli.output import print_json
+    from lowtide.cli.progress import progress_bar
     from lowtide.learn.run import learn_importance
     from lowtide.learn.train_importance import TrainOptions
 

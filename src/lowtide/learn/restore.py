@@ -9,14 +9,11 @@ outputs from them (`lowtide.compress.prune.sequential`), and G = E[g g'] of the 
 outputs: the Kronecker-factored Fisher information (Martens & Grosse 2015, arXiv 1503.05671). With G = 1 the rows are
 independent, as in SparseGPT; with the measured G one row makes up for what another had to drop. It is a convex
 least-squares problem, solved by conjugate gradients on the mask: two matrix products an iteration, no training.
-
-With `gradual` steps the mask, too, follows the weights as they change: the sparsity rises along a cubic, and at each
-step the importance of a weight is multiplied by (its value now / its value at first)^2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -152,7 +149,6 @@ def restore(
     ids: torch.Tensor,
     masks: dict[str, torch.Tensor],
     metrics: dict[str, Metric],
-    fisher: Sequence[dict[str, GroupStats]],
     report: Callable[[str, int, int], None] = lambda *_: None,
     share: float = 0.0,
 ) -> dict[str, torch.Tensor]:
@@ -162,7 +158,6 @@ def restore(
         ids: calibration text, i64 [windows, tokens].
         masks: layer name -> bool [out, in].
         metrics: from `output_metrics`.
-        fisher: each block's statistics of its groups (group -> GroupStats), as the walk wants them.
         share: how much of the residual stream's error a layer makes up for, see `sequential`.
     """
     walk = Walk(model, ids, share)
@@ -175,6 +170,18 @@ def restore(
         return [found[p.name] for p in members]
 
     for index in range(model.config.num_layers):
-        walk.block(index, fisher[index], 0, prune)
+        walk.block(index, _known(model, index, metrics), 0, prune)
         report("update", index + 1, model.config.num_layers)
+    return found
+
+
+def _known(model: DenseModel, index: int, metrics: dict[str, Metric]) -> dict[str, GroupStats]:
+    """The Fisher information of a block's outputs, which is all that the walk asks of the dense model's statistics."""
+    found = {}
+    for group, members in GROUPS.items():
+        inputs = model.block(index).weights[group].shape[1]
+        parts = [b.diagonal() for m in members for b in metrics[f"model.layers.{index}.{m}"]]
+        stats = GroupStats(torch.zeros(inputs), torch.zeros(inputs), torch.cat(parts), torch.empty(0))
+        stats.hessian = stats.weighted = torch.zeros(0, 0)
+        found[group] = stats
     return found
