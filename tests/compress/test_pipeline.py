@@ -64,7 +64,7 @@ def test_an_artifact_that_is_close_to_its_model(small_model, tmp_path, options):
     assert losses[0] < 0.01
     assert losses == sorted(losses)
     assert losses[2] < 0.3
-    assert [s for s, done, total in stages if done == total] == ["sample", "forward", "quantise", "write"]
+    assert [s for s, done, total in stages if done == total] == ["sample", "forward", "quantise", "write", "entropy"]
 
 
 def test_norms_and_tokenizer_files_are_taken_over(small_model, tmp_path):
@@ -197,8 +197,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(small_model, tmp_path, mon
     interrupted(monkeypatch, model, tmp_path / "out", after)
     assert leftovers(tmp_path / "out") == ["out.partial", "whole"]
     rest = interrupted(monkeypatch, model, tmp_path / "out", 1000)
-    # head, then 4 groups of each of the two blocks; a block is begun anew, finished ones are not
-    assert rest == 9 - (0 if after < 1 else 1 if after < 5 else 5)
+    # 4 groups of each of the two blocks, then the head; a block is begun anew, finished ones are not
+    assert rest == 9 - (4 if after >= 4 else 0)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert leftovers(tmp_path / "out") == ["out", "whole"]
 

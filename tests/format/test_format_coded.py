@@ -45,7 +45,7 @@ def test_coded_holds_what_packed_holds(tmp_path: Path, variant: dict) -> None:  
     same(packed, artifact)
     np.testing.assert_array_equal(packed.tensor("model.norm.weight"), artifact.tensor("model.norm.weight"))
     assert artifact.stored_bytes() < packed.stored_bytes()
-    figures = artifact.manifest.stats["coding"]
+    figures = artifact.manifest.stats["entropy"]
     assert figures["coded_bits"] >= figures["entropy_bits"] > 0
 
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lowtide.cli.options import Json
-
-STAGES = {
-    "sample": "writing calibration text",
-    "forward": "running the model",
-    "quantise": "coding layers",
-    "write": "writing the artifact",
-}
+from lowtide.cli.progress import progress_bar
 
 
 def compress(
@@ -25,7 +17,20 @@ def compress(
     calibration: Annotated[
         Path | None, typer.Option(help="Text to calibrate on. [default: the model writes its own]", metavar="FILE")
     ] = None,
-    bits_max: Annotated[int, typer.Option(help="Bits per weight stored: 2, 4, 6 or 8.")] = 6,
+    size_mb: Annotated[float | None, typer.Option(help="Make it this small, in MB, all files counted.")] = None,
+    kl: Annotated[float | None, typer.Option(help="Make it as small as this KL allows, in nats per token.")] = None,
+    step: Annotated[float | None, typer.Option(help="Quantisation step, for a run that must not search.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help='Prune this share of the decoder\'s weights first, or "auto".', metavar="S")
+    ] = None,
+    prune_rule: Annotated[str, typer.Option(help="Pruning rule; see `lowtide prune --help`.")] = "importance",
+    structure: Annotated[str, typer.Option(help="unstructured, N:M, row, column or block:RxC.")] = "unstructured",
+    allocation: Annotated[str, typer.Option(help="Sparsity of each layer: uniform, global or searched.")] = "uniform",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
+    bits_max: Annotated[
+        int | None, typer.Option(help="Bits per weight stored at most: 2, 4, 6 or 8. [default: 6; 8 if made small]")
+    ] = None,
+    coding: Annotated[str, typer.Option(help="Of the file: entropy (small) or packed.")] = "entropy",
     seed: Annotated[int, typer.Option(help="Of the sampled text.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
     policy: Annotated[
@@ -36,6 +41,7 @@ def compress(
 ) -> None:
     """Compress a model into an artifact that runs at any budget.
 
+    By default it is made to be read dynamically; with --size-mb, --kl, --step or --sparsity to be as small as it can.
     If it is interrupted, the same command goes on where it was.
 
     \b
@@ -43,17 +49,32 @@ def compress(
       lowtide compress demo:smollm2 smollm2.lowtide
       lowtide compress ./Qwen2.5-1.5B qwen.lowtide --calibration wiki.txt --bits-max 6 --seed 1
       lowtide compress demo:smollm2 smollm2.lowtide --policy channel-norm --policy channel-norm:0,6
+      lowtide compress demo:smollm2 small.lowtide --size-mb 60 --calibration wiki.txt
+      lowtide compress demo:smollm2 sparse.lowtide --sparsity 0.5 --kl 0.2 --calibration wiki.txt
     """
     from lowtide.cli.output import print_json
     from lowtide.compress import compress as run
     from lowtide.compress.thresholds import DEFAULT_POLICIES
 
+    prune = None
+    if sparsity is not None:
+        from lowtide.compress.prune.apply import PruneOptions
+
+        share = None if sparsity == "auto" else parse_share(sparsity)
+        prune = PruneOptions(
+            rule=prune_rule, sparsity=share, structure=structure, allocation=allocation, strict=strict, seed=seed
+        )
     with progress_bar() as progress:
         figures = run(
             model,
             out,
             calibration=calibration,
             bits_max=bits_max,
+            size_mb=size_mb,
+            kl=kl,
+            step=step,
+            prune=prune,
+            coding=coding,
             seed=seed,
             force=force,
             policies=policy or DEFAULT_POLICIES,
@@ -68,20 +89,15 @@ def compress(
     )
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; yields the function to call with (stage, done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def parse_share(text: str) -> float:
+    """The number of `--sparsity`.
 
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    tasks = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    Raises:
+        LowtideError: it is none.
+    """
+    from lowtide.errors import LowtideError
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield report
+    try:
+        return float(text)
+    except ValueError:
+        raise LowtideError(f'--sparsity {text}: must be a number from 0 to below 1, or "auto"') from None

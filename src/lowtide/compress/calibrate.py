@@ -11,7 +11,9 @@ the boundaries: (num_layers + 1) * tokens * hidden floats.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,6 +44,10 @@ class GroupStats:
     gate: torch.Tensor | None = None
     hessian: torch.Tensor | None = None
     weighted: torch.Tensor | None = None
+
+    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """For a file; the inverse is `GroupStats(**{name: torch.from_numpy(a) for ...})`."""
+        return {name: value.numpy() for name, value in vars(self).items() if value is not None}
 
 
 @dataclass

@@ -24,8 +24,8 @@ TABLE_RULES = ("channel-norm", "channel-abs", "statistical-topk", "gate")
 """Rules whose thresholds come from the distribution of their scores."""
 
 
-def pack_group(spec: GroupSpec, coded: QuantisedGroup, slices: int) -> GroupTensors:
-    """The group's tensors in the artifact's layout, thresholds still missing ([0, 0, S])."""
+def pack_group(spec: GroupSpec, coded: QuantisedGroup, slices: int, zero: bool = False) -> GroupTensors:
+    """The group's tensors in the artifact's layout, thresholds still missing ([0, 0, S]). zero: see `codec.centres`."""
     rows, cols, values = (t.numpy() for t in (coded.outlier_rows, coded.outlier_cols, coded.outlier_values))
     linears = []
     first = 0
@@ -59,6 +59,7 @@ def pack_group(spec: GroupSpec, coded: QuantisedGroup, slices: int) -> GroupTens
         exact_channels=coded.exact_channels.numpy().astype(np.int32),
         thresholds=np.zeros((0, 0, slices), np.float32),
         linears=linears,
+        zero=zero,
     )
     _check_finite(group)
     return group
@@ -129,7 +130,11 @@ class WorkFolder:
             arrays |= {f"table/{rule}": table for rule, table in curve.tables.items()}
         self.save_arrays(group.name, arrays)
 
-    def load_group(self, spec: GroupSpec, slices: int) -> GroupTensors:
+    def has(self, name: str) -> bool:
+        """Whether arrays were saved under that name."""
+        return (self.path / f"{name}.npz").is_file()
+
+    def load_group(self, spec: GroupSpec, slices: int, zero: bool = False) -> GroupTensors:
         """A finished group, thresholds still missing."""
         arrays = self._arrays(spec)
         own: dict[str, Any] = {f: arrays[f"lowtide.{spec.name}.{f}"] for f in GROUP_FIELDS if f != "thresholds"}
@@ -139,7 +144,13 @@ class WorkFolder:
             linears.append(LinearTensors(name=linear.name, out_features=linear.out_features, **fields))
         empty = np.zeros((0, 0, slices), np.float32)
         return GroupTensors(
-            name=spec.name, in_features=spec.in_features, slices=slices, thresholds=empty, linears=linears, **own
+            name=spec.name,
+            in_features=spec.in_features,
+            slices=slices,
+            thresholds=empty,
+            linears=linears,
+            zero=zero,
+            **own,
         )
 
     def load_curve(self, spec: GroupSpec) -> GroupCurve:

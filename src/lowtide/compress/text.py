@@ -30,8 +30,8 @@ def encode_text(source: Source, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
 
-def windows_of_file(source: Source, file: Path) -> torch.Tensor:
-    """Windows spread evenly over a text file, i64 [at most FILE_WINDOWS, window]."""
+def windows_of_file(source: Source, file: Path, windows: int | None = None) -> torch.Tensor:
+    """Windows spread evenly over a text file, i64 [at most `windows` (default FILE_WINDOWS), window]."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +42,7 @@ def windows_of_file(source: Source, file: Path) -> torch.Tensor:
     available = len(ids) // window
     if available == 0:
         raise LowtideError(f"{file}: {len(ids)} tokens are less than one window of {window}; give a longer text")
-    count = min(FILE_WINDOWS, available)
+    count = min(windows or FILE_WINDOWS, available)
     starts = [(available * i // count) * window for i in range(count)]
     return torch.stack([ids[s : s + window] for s in starts])
 

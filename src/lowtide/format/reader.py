@@ -139,6 +139,22 @@ def load_folder(folder: Path, hashes: bool = False, trust_stamp: bool = False, i
     return artifact
 
 
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in a folder, which need not be complete otherwise.
+
+    Raises:
+        LowtideError: it is no artifact, or its manifest is damaged or not valid.
+    """
+    if not folder.is_dir():
+        raise LowtideError(f"{folder}: no such folder")
+    return _read_manifest(folder)[0]
+
+
+def open_image(folder: Path, manifest: Manifest, image: Path) -> Artifact:
+    """An artifact whose tensors come from an image just made of it."""
+    return _assemble(folder, manifest, _map_file(image, image.stat().st_size), str(image))
+
+
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
     """The manifest and the SHA-256 of its bytes."""
     path = folder / MANIFEST_NAME

@@ -134,7 +134,7 @@ class ArtifactWriter:
         """Write header, config, model card and manifest, check the whole folder, and move it to its place.
 
         Args: the manifest's fields of the same names. `stats["source"]`, if there, is the model card's title; what
-            coding measures goes to `stats["coding"]`. report: called with (done, total) while coding.
+            coding measures goes to `stats["entropy"]`. report: called with (done, total) while coding.
 
         Raises:
             LowtideError: something does not fit, or the disk is full; nothing is left behind.
@@ -143,7 +143,7 @@ class ArtifactWriter:
         assert self._spool is not None
         if coding == "entropy":
             with self._disk_errors():
-                self._coded, stats["coding"] = encode_spool(
+                self._coded, stats["entropy"] = encode_spool(
                     self._spool, self._folder / _CODED_NAME, config, slices, zero, report
                 )
         image, prefixes = self._write_weights(config, slices)
