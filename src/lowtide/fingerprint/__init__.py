@@ -1,7 +1,7 @@
 """The fingerprint codec: weights without their keys, at the price of false positives. See docs/fingerprint.md.
 
-An option, which artifacts do not use: where all positions are known, a mask and an entropy code are smaller and exact. It is for
-maps whose keys cannot be enumerated, see `lowtide.keyed`.
+An option, which artifacts do not use: where all positions are known, a mask and an entropy code are smaller and exact.
+It is for maps whose keys cannot be enumerated, see `lowtide.keyed`.
 """
 
 from lowtide.fingerprint.file import describe, pack, sizes, unpack

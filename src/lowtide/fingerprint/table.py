@@ -14,27 +14,32 @@ MAX_TABLE = 1 << 12
 _ROUNDS = 60
 
 
-def lloyd_table(values: F32, size: int) -> tuple[F32, I64]:
+def lloyd_table(values: F32, size: int, weights: NDArray[np.floating] | None = None) -> tuple[F32, I64]:
     """The table f32 [K, 1], K at most `size`, of least squared error (Lloyd and Max), and indices i64 [n].
 
     Rounds start from quantiles and end when no cell's boundary moves. Values that fit the table stay as they are.
+    weights: above 0, [n], of each value's squared error; 1 by default.
     """
     if not 1 <= size <= MAX_TABLE:
         raise LowtideError(f"table size {size}: must be 1 to {MAX_TABLE}")
     different = np.unique(values)
     if len(different) <= size:
         return different[:, None].astype(np.float32), np.searchsorted(different, values)
-    ordered = np.sort(values).astype(np.float64)
-    sums = np.concatenate([[0.0], np.cumsum(ordered)])
-    cuts = np.unique(np.rint(np.linspace(0, len(ordered), size + 1)).astype(np.int64))
+    order = np.argsort(values, kind="stable")
+    ordered = values[order].astype(np.float64)
+    weight = np.ones(len(ordered)) if weights is None else np.asarray(weights, np.float64)[order]
+    mass = np.concatenate([[0.0], np.cumsum(weight)])
+    sums = np.concatenate([[0.0], np.cumsum(weight * ordered)])
+    inner = np.searchsorted(mass, np.linspace(0, mass[-1], size + 1)[1:-1])
+    cuts = np.unique(np.concatenate([[0], inner, [len(ordered)]]))
     for _ in range(_ROUNDS):
-        centres = np.unique((sums[cuts[1:]] - sums[cuts[:-1]]) / (cuts[1:] - cuts[:-1]))
+        centres = np.unique((sums[cuts[1:]] - sums[cuts[:-1]]) / (mass[cuts[1:]] - mass[cuts[:-1]]))
         inner = np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
         fresh = np.unique(np.concatenate([[0], inner, [len(ordered)]]))
         if np.array_equal(fresh, cuts):
             break
         cuts = fresh
-    table = np.unique(((sums[cuts[1:]] - sums[cuts[:-1]]) / (cuts[1:] - cuts[:-1])).astype(np.float32))
+    table = np.unique(((sums[cuts[1:]] - sums[cuts[:-1]]) / (mass[cuts[1:]] - mass[cuts[:-1]])).astype(np.float32))
     middle = (table[1:].astype(np.float64) + table[:-1]) / 2
     return table[:, None], np.searchsorted(middle, values.astype(np.float64))
 
