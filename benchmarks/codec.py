@@ -7,7 +7,7 @@
 Every matrix is rounded to a uniform grid, its step a common factor times the row's rms times the square root of the
 column's rms (so rows are alike and columns half so), the factor set for 3, 4 or 5 bits; densities below 1 prune the
 smallest magnitudes of each matrix to zero first. All coders get the same integers. "entropy" is the empirical entropy
-of the integers given lowtide's contexts; its coded bits count streams, frequency tables and classes. The peers
+of the integers given lowtide's contexts, copied rows apart; its coded bits count streams, frequency tables and classes. The peers
 (nncodec, constriction, zstandard) are optional: what is not installed is left out.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lowtide.kernels import entropy
 U8 = NDArray[np.uint8]
 BITS, DENSITIES = (3, 4, 5), (1.0, 0.5, 0.3, 0.1)
 DENSITY_BITS = 4
+CHUNK_WEIGHTS = 1 << 20
 COLUMNS = ("case", "codec", "bits/weight", "of entropy", "encode M/s", "decode M/s")
 
 
@@ -92,9 +94,18 @@ def ours(names: list[str], tensors: list[U8], slices: int, threads: int) -> tupl
     packed = [np.zeros(packed_shape(*q.shape, slices), np.uint8) for q in tensors]
     begin = time.perf_counter()
     found = entropy.decode_classes(class_bytes, [len(s) for s in side], sides, "classes")
-    for n, (name, q, _) in enumerate(pairs):
+
+    def decode(n: int, threads: int) -> None:
+        name, q, _ = pairs[n]
         rows, columns = found[2 * n], found[2 * n + 1]
         entropy.decode(streams[n], rows, columns, tables[kind_of(name)], *q.shape, threads, packed[n])
+
+    # Large matrices share their chunks among the threads, the others are one chunk each.
+    small = [n for n, q in enumerate(tensors) if q.size <= CHUNK_WEIGHTS]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda n: decode(n, 1), small))
+    for n in set(range(len(pairs))) - set(small):
+        decode(n, threads)
     decoded = time.perf_counter()
     for q, digits in zip(tensors, packed, strict=True):
         np.testing.assert_array_equal(unpack_digits(digits, *q.shape, slices), q)
