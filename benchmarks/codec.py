@@ -7,13 +7,15 @@
 Every matrix is rounded to a uniform grid, its step a common factor times the row's rms times the square root of the
 column's rms (so rows are alike and columns half so), the factor set for 3, 4 or 5 bits; densities below 1 prune the
 smallest magnitudes of each matrix to zero first. All coders get the same integers. "entropy" is the empirical entropy
-of the integers given lowtide's contexts, copied rows apart; its coded bits count streams, frequency tables and classes. The peers
-(nncodec, constriction, zstandard) are optional: what is not installed is left out.
+of the integers given lowtide's contexts, without rows that are copies; its coded bits count streams, frequency tables
+and classes. The peers (nncodec, constriction, zstandard) are optional: what is not installed is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import sys
 import time
@@ -37,6 +39,7 @@ U8 = NDArray[np.uint8]
 BITS, DENSITIES = (3, 4, 5), (1.0, 0.5, 0.3, 0.1)
 DENSITY_BITS = 4
 CHUNK_WEIGHTS = 1 << 20
+PACKAGES = ("nncodec", "constriction", "zstandard")
 COLUMNS = ("case", "codec", "bits/weight", "of entropy", "encode M/s", "decode M/s")
 
 
@@ -190,7 +193,8 @@ def main() -> int:
     rows = []
     for bits, density in [(4, 1.0), (4, 0.1)] if options.quick else cases:
         rows += measure(model, weights, bits, density, options)
-    result = common.report({"model": model, "threads": options.threads, "rows": rows})
+    peers = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+    result = common.report({"model": model, "threads": options.threads, "rows": rows}, **peers)
     common.save(f"codec-{model}", result, common.markdown(COLUMNS, [cells(r) for r in rows]))
     if options.json:
         print(json.dumps(rows, indent=2))
