@@ -81,3 +81,10 @@ def parity(x: U64) -> NDArray[np.uint8]:
     for shift in (32, 16, 8, 4, 2, 1):  # numpy before 2.0
         x = x ^ (x >> np.uint64(shift))
     return (x & np.uint64(1)).astype(np.uint8)
+
+
+def trailing_zeros(x: U64) -> NDArray[np.int64]:
+    """Zero bits below the lowest set bit of each number above 0; i64 [n]."""
+    lowest = x & (~x + np.uint64(1))
+    # a power of two is exact in float64, and so is its exponent
+    return np.frexp(lowest.astype(np.float64))[1].astype(np.int64) - 1

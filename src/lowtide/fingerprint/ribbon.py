@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowtide.fingerprint.hashing import GOLDEN, U64, mix, parity
+from lowtide.fingerprint.hashing import GOLDEN, U64, mix, parity, trailing_zeros
 
 BAND = 64
 """Bits of a row's band; no system has fewer variables."""
@@ -56,19 +56,28 @@ def solve(equations: Equations, sizes: NDArray[np.int64], noise: int) -> tuple[N
 class _Open:
     """Rows whose first variable is not decided yet.
 
-    band: u64 [systems, OPEN], bit v % 64 is the coefficient of variable v, 0 where a place is empty; value:
-    u8 [systems, OPEN].
+    band: u64 [systems, OPEN], bit v % 64 is the coefficient of variable v; value: u8 [systems, OPEN]; used: u64
+    [systems], bit p is set where place p is taken; failed: bool [systems]. A row that vanishes keeps its place: with
+    the value 0 it was implied by others, with 1 it contradicts them.
     """
 
     band: U64
     value: NDArray[np.uint8]
+    used: U64
     failed: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, systems: int) -> _Open:
+        """No rows."""
+        band, value = np.zeros((systems, OPEN), np.uint64), np.zeros((systems, OPEN), np.uint8)
+        return cls(band, value, np.zeros(systems, np.uint64), np.zeros(systems, np.bool_))
 
     def add(self, system: NDArray[np.int64], band: U64, value: NDArray[np.uint8]) -> None:
         """Take in rows of different systems."""
-        place = self.band[system].argmin(1)
-        # no empty place, or one that holds a contradiction (no coefficients, sum 1)
-        self.failed[system[(self.band[system, place] != 0) | (self.value[system, place] != 0)]] = True
+        free = ~self.used[system]
+        self.failed[system[free == 0]] = True
+        place = trailing_zeros(np.where(free == 0, np.uint64(1), free))
+        self.used[system] |= np.uint64(1) << place.astype(np.uint64)
         self.band[system, place] = band
         self.value[system, place] = value
 
@@ -80,19 +89,22 @@ class _Open:
         chosen = has[every, first]
         band = self.band[every, first] * chosen
         value = self.value[every, first] * chosen.astype(np.uint8)
+        self.used &= ~(chosen << first.astype(np.uint64))
         self.value ^= has.astype(np.uint8) * value[:, None]
         has *= band[:, None]
         self.band ^= has
         return band, value
+
+    def contradictions(self) -> NDArray[np.bool_]:
+        """Where a row has no coefficients left and the value 1, or rows found no place; bool [systems]."""
+        return self.failed | ((self.band == 0) & (self.value != 0)).any(1)
 
 
 def _eliminate(equations: Equations, systems: int, width: int) -> tuple[U64, NDArray[np.uint8], NDArray[np.bool_]]:
     """Rows in echelon form: u64 [width, systems] (bit b of row v belongs to variable v + b; 0: v is free), their sums
     u8 [width, systems], and bool [systems], True where a contradiction turned up."""
     rows, sums = np.zeros((width, systems), np.uint64), np.zeros((width, systems), np.uint8)
-    state = _Open(
-        np.zeros((systems, OPEN), np.uint64), np.zeros((systems, OPEN), np.uint8), np.zeros(systems, np.bool_)
-    )
+    state = _Open.of(systems)
     ends = np.cumsum(np.bincount(equations.start, minlength=width))
     begin = 0
     for column in range(width):
@@ -110,7 +122,7 @@ def _eliminate(equations: Equations, systems: int, width: int) -> tuple[U64, NDA
             state.add(equations.system[now], band, equations.value[now])
         band, sums[column] = state.take(column)
         rows[column] = (band >> turn) | (band << back) if column % BAND else band
-    return rows, sums, state.failed | ((state.band == 0) & (state.value != 0)).any(1)
+    return rows, sums, state.contradictions()
 
 
 def _substitute(rows: U64, sums: NDArray[np.uint8], sizes: NDArray[np.int64], noise: int) -> NDArray[np.uint8]:

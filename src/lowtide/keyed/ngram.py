@@ -2,8 +2,8 @@
 
 Of each n-gram ln p(word | context) and, for those that are contexts, ln of the backoff weight are stored, both rounded
 to a few values (Talbot and Brants 2008; Guthrie and Hepple 2010). p(w | h) is the stored p of "h w" if that is found,
-and otherwise the backoff weight of h times p(w | h without its first word). An n-gram is believed only if the one without
-its first word and the one without its last were found, which most strangers do not survive.
+and otherwise the backoff weight of h times p(w | h without its first word). An n-gram is believed only if the one
+without its first word and the one without its last were found, which most strangers do not survive.
 """
 
 from __future__ import annotations
