@@ -57,7 +57,7 @@ class _Open:
     """Rows whose first variable is not decided yet.
 
     band: u64 [systems, OPEN], bit v % 64 is the coefficient of variable v; value: u8 [systems, OPEN]; used: u64
-    [systems], bit p is set where place p is taken; failed: bool [systems]. A row that vanishes keeps its place: with
+    [systems], bit p is set where place p is taken; failed: bool [systems]; work: u64 [systems, OPEN]. A row that vanishes keeps its place: with
     the value 0 it was implied by others, with 1 it contradicts them.
     """
 
@@ -65,12 +65,13 @@ class _Open:
     value: NDArray[np.uint8]
     used: U64
     failed: NDArray[np.bool_]
+    work: U64
 
     @classmethod
     def of(cls, systems: int) -> _Open:
         """No rows."""
         band, value = np.zeros((systems, OPEN), np.uint64), np.zeros((systems, OPEN), np.uint8)
-        return cls(band, value, np.zeros(systems, np.uint64), np.zeros(systems, np.bool_))
+        return cls(band, value, np.zeros(systems, np.uint64), np.zeros(systems, np.bool_), np.empty_like(band))
 
     def add(self, system: NDArray[np.int64], band: U64, value: NDArray[np.uint8]) -> None:
         """Take in rows of different systems."""
@@ -83,16 +84,21 @@ class _Open:
 
     def take(self, column: int) -> tuple[U64, NDArray[np.uint8]]:
         """One row of each system that has the variable `column`, 0 where none has; it is added to the others."""
-        has = (self.band >> np.uint64(column % BAND)) & np.uint64(1)
+        # one buffer for all turns: a fresh array of this size would cost more than the work in it
+        has = np.right_shift(self.band, np.uint64(column % BAND), out=self.work)
+        has &= np.uint64(1)
+        bits = has.astype(np.uint8)
         every = np.arange(len(has))
-        first = has.astype(np.bool_).argmax(1)
-        chosen = has[every, first]
+        first = bits.view(np.bool_).argmax(1)
+        chosen = bits[every, first]
         band = self.band[every, first] * chosen
-        value = self.value[every, first] * chosen.astype(np.uint8)
-        self.used &= ~(chosen << first.astype(np.uint64))
-        self.value ^= has.astype(np.uint8) * value[:, None]
-        has *= band[:, None]
+        value = self.value[every, first] * chosen
+        self.used &= ~(chosen.astype(np.uint64) << first.astype(np.uint64))
+        np.negative(has, out=has)  # all ones where there was a one
+        has &= band[:, None]
         self.band ^= has
+        bits *= value[:, None]
+        self.value ^= bits
         return band, value
 
     def contradictions(self) -> NDArray[np.bool_]:
