@@ -34,8 +34,8 @@ def prune(
     ] = None,
     dsnot: Annotated[bool, typer.Option("--dsnot", help="Refine the mask by swapping weights (DSnoT).")] = False,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="Layers see the inputs that those pruned before them give.")
-    ] = False,
+        str, typer.Option(help="Whose inputs layers see: no (the dense model's), block or group (of the pruned one).")
+    ] = "no",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
     dtype: Annotated[str | None, typer.Option(help="f16 or f32. [default: f32 if the model is, else f16]")] = None,
     seed: Annotated[int, typer.Option(help="Of sampled text, random masks and the search.")] = 0,
@@ -51,7 +51,7 @@ def prune(
     Examples:
       lowtide prune demo:smollm2 smollm2-half --sparsity 0.5
       lowtide prune ./Qwen2.5-1.5B qwen-24 --rule sparsegpt --structure 2:4 --calibration wiki.txt
-      lowtide prune demo:smollm2 smollm2-auto --sparsity auto --allocation global --sequential
+      lowtide prune demo:smollm2 smollm2-auto --sparsity auto --allocation global --sequential group
     """
     import sys
 

@@ -70,14 +70,14 @@ def test_updates_can_be_asked_for_and_refused(model, ids, store):
 
 def test_sequential_pruning_helps_on_its_own_text(model, ids, store):
     losses = {}
-    for sequential in (False, True):
+    for sequential in ("no", "block", "group"):
         options = PruneOptions("importance", 0.6, sequential=sequential)
         losses[sequential] = loss(model, prune_model(model.source, ids, options, store=store)[0], ids)
-    assert losses[True] < losses[False]
+    assert losses["group"] < losses["no"] and losses["block"] < losses["no"]
 
 
 def test_sequential_with_nothing_pruned_is_the_model(model, ids, store):
-    source, _ = prune_model(model.source, ids, PruneOptions("importance", 0.0, sequential=True), store=store)
+    source, _ = prune_model(model.source, ids, PruneOptions("importance", 0.0, sequential="group"), store=store)
     assert loss(model, source, ids) < 1e-4
 
 
@@ -117,6 +117,7 @@ def test_a_layer_without_weights_is_named(model, ids, store):
         ({"sparsity": 1.0}, "--sparsity 1"),
         ({"structure": "5:4"}, "--structure 5:4"),
         ({"allocation": "fair"}, "--allocation fair: known are uniform"),
+        ({"sequential": "yes"}, "--sequential yes: known are no, block, group"),
         ({"structure": "2:4", "allocation": "global"}, "gives every layer the same"),
         ({"structure": "row", "dsnot": True}, "dsnot swaps single weights"),
     ],

@@ -54,6 +54,11 @@ def test_per_row_every_row_loses_the_same():
     assert all(SCORE[i][~mask[i]].max() < SCORE[i][mask[i]].min() for i in range(8))
 
 
+def test_per_row_counts_add_up():
+    mask = make_mask(SCORE, 0.3, Structure("unstructured"), per_row=True)
+    assert int((~mask).sum()) == 29 and set((~mask).sum(1).tolist()) == {3, 4}
+
+
 def test_n_of_m_survive_in_every_group():
     mask = make_mask(SCORE, 0.9, parse_structure("1:4"))
     assert (mask.view(8, 3, 4).sum(2) == 1).all()

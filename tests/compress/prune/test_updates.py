@@ -94,10 +94,10 @@ def test_importance_with_updates_has_less_error_than_sparsegpt(problem, error, s
 def test_importance_decides_what_stays(problem):
     layer = problem()
     score = layer.weight.square() * layer.second
-    score[:, 7] *= 1e4
-    score[3] *= 1e4
+    score[:, 7] *= 30
+    score[3] *= 30
     mask = importance.guided(layer, score, 0.7, "unstructured").mask
-    assert mask[:, 7].float().mean() > 0.8 and mask[3].float().mean() > 0.8  # of all, 0.3 stay
+    assert mask[:, 7].float().mean() > 0.6 and mask[3].float().mean() > 0.6  # of all, 0.3 stay
     mask = importance.guided(layer, score, 0.5, "2:4").mask
     assert torch.equal(mask, make_mask(score, 0.5, parse_structure("2:4")))
 

@@ -26,6 +26,7 @@ from lowtide.compress.sources import Source
 from lowtide.compress.sources.overlay import OverlaySource
 from lowtide.errors import LowtideError
 
+SEQUENTIAL = ("no", "block", "group")
 SEARCH_WINDOWS, SEARCH_TOKENS = 4, 256
 """Of the calibration text, what the search measures its candidates on."""
 
@@ -41,7 +42,8 @@ class PruneOptions:
         allocation: one of `allocation.ALLOCATIONS`.
         updates: True: the best values for the mask; False: those of the dense model; None: the rule's own way.
         dsnot: refine the rule's mask by DSnoT.
-        sequential: each layer sees the inputs that the layers pruned before it give.
+        sequential: `no`: all layers see the dense model's inputs; `block`: those that the pruned blocks before give, as
+            SparseGPT's authors do it; `group`: those that all layers pruned before give.
         strict: refuse, instead of warn about, a layer that loses every weight.
         seed: of random masks and of the search.
         generations, children: size of the search.
@@ -53,7 +55,7 @@ class PruneOptions:
     allocation: str = "uniform"
     updates: bool | None = None
     dsnot: bool = False
-    sequential: bool = False
+    sequential: str = "no"
     strict: bool = False
     seed: int = 0
     generations: int = 30
@@ -66,6 +68,8 @@ class PruneOptions:
             check_sparsity(self.sparsity)
         if self.allocation not in alloc.ALLOCATIONS:
             raise LowtideError(f"--allocation {self.allocation}: known are {', '.join(alloc.ALLOCATIONS)}")
+        if self.sequential not in SEQUENTIAL:
+            raise LowtideError(f"--sequential {self.sequential}: known are {', '.join(SEQUENTIAL)}")
         if parsed.fixed_sparsity is not None and self.allocation != "uniform":
             raise LowtideError(f"--allocation {self.allocation}: {self.structure} gives every layer the same sparsity")
         if self.dsnot and parsed.kind not in ("unstructured", "n:m"):
@@ -210,7 +214,8 @@ class _Job:
 
     def prune(self, sparsities: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Tensor name -> pruned weights, f32 [out, in]."""
-        walk = Walk(self.model, self.ids) if self.options.sequential else None
+        mode = self.options.sequential
+        walk = None if mode == "no" else Walk(self.model, self.ids, within=mode == "group")
         result: dict[str, torch.Tensor] = {}
 
         def prune(problems: list[LayerProblem]) -> list[torch.Tensor]:

@@ -127,18 +127,19 @@ def make_mask(
         keep = _keep_best(sums.view(1, -1), removal_count(sparsity, sums.numel())).view_as(sums)
         return keep.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
     if per_row:
-        return _keep_best(score, removal_count(sparsity, inn))
+        upto = torch.tensor([removal_count(sparsity, inn * row) for row in range(out + 1)])
+        return _keep_best(score, upto.diff())  # counts of rows differ by one at most, and add up exactly
     return _keep_best(score.reshape(1, -1), removal_count(sparsity, out * inn)).view(out, inn)
 
 
-def _keep_best(score: torch.Tensor, remove: int) -> torch.Tensor:
-    """bool like score [n, units]: in every row the `remove` lowest are False; NaN counts as lowest."""
+def _keep_best(score: torch.Tensor, remove: int | torch.Tensor) -> torch.Tensor:
+    """bool like score [n, units]: the `remove` (one number, or i64 [n]) lowest of a row are False; NaN is lowest."""
     order = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).sort(
         dim=1, descending=True, stable=True
     )
-    keep = torch.ones(score.shape, dtype=torch.bool)
-    keep.scatter_(1, order.indices[:, score.shape[1] - remove :], False)
-    return keep
+    count = torch.as_tensor(remove).view(-1, 1)
+    stays = (torch.arange(score.shape[1]) < score.shape[1] - count).expand(score.shape)
+    return torch.empty(score.shape, dtype=torch.bool).scatter_(1, order.indices, stays)
 
 
 def threshold_mask(scores: Sequence[torch.Tensor], sparsity: float) -> list[torch.Tensor]:

@@ -39,11 +39,14 @@ class Walk:
     """The two models' states on their way through the blocks, f32 [windows, tokens, hidden] each.
 
     share: how much of the residual stream's error a layer's target makes up for.
+    within: groups see what those pruned before them in their own block do; else, as SparseGPT's authors do it, only
+        blocks see what earlier blocks do.
     """
 
     model: DenseModel
     ids: torch.Tensor
     share: float = RESIDUAL_SHARE
+    within: bool = True
     dense: torch.Tensor = field(init=False)
     pruned: torch.Tensor = field(init=False)
 
@@ -94,7 +97,7 @@ class Walk:
         total, count = torch.zeros(inn, dtype=torch.float64), 0
         for row in range(len(self.ids)):
             x, d = self._inputs(dense, self.dense[row], group)
-            y, e = self._inputs(block, self.pruned[row], group)
+            y, e = self._inputs(block if self.within else dense, self.pruned[row], group)
             hessian += y.T @ y
             cross += x.T @ y
             if group in ADDS and self.share:

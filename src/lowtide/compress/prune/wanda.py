@@ -18,6 +18,9 @@ def score(problem: LayerProblem) -> torch.Tensor:
 
 
 def prune(problem: LayerProblem, sparsity: float, structure: str) -> Pruned:
-    """Every row loses the same share of its weights. LowtideError for an impossible sparsity or structure."""
+    """Every row loses the same share of its weights, rounded so that the layer's count is exact.
+
+    LowtideError for an impossible sparsity or structure.
+    """
     mask = make_mask(score(problem), sparsity, parse_structure(structure), problem.name, per_row=True)
     return Pruned(mask, problem.weight * mask)
