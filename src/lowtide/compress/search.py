@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lowtide.arch import ModelConfig, group_specs
 from lowtide.errors import LowtideError
-from lowtide.format import codec, coded
+from lowtide.format import codec, coded, layout
 from lowtide.format.entropy import Tables, classes
 from lowtide.format.groups import GroupTensors
 from lowtide.kernels import entropy
@@ -28,6 +28,7 @@ ROUNDS = 5
 SIZE_SLACK = 0.01
 """A file may be this much smaller than asked for."""
 KL_SLACK = 0.04
+FIXED_BYTES, STREAM_BYTES = 4500, 24
 MARGIN = 0.995
 """Aim this far below a size: the measure before coding is an estimate."""
 
@@ -100,8 +101,10 @@ def coded_size(groups: Callable[[str], GroupTensors], config: ModelConfig, other
 
     other: bytes of its other files.
     """
+    slices = groups(group_specs(config)[0].name).slices
+    other += _overhead(config, slices)
     counts: dict[str, NDArray[np.int64]] = {}
-    slices = side = 0
+    side = 0
     for spec in group_specs(config):
         group = groups(spec.name)
         middle = codec.doubled_centre(group.centres) // 2 if group.zero else None
@@ -111,8 +114,7 @@ def coded_size(groups: Callable[[str], GroupTensors], config: ModelConfig, other
             found = entropy.histogram(q, rows, cols, group.slices)
             kind = coded.kind(linear.name)
             counts[kind] = counts[kind] + found if kind in counts else found
-            slices = group.slices
-            side += _deflated([rows, cols])
+            side += _deflated([rows, cols]) // 2
         packed = {f"{linear.name}.weight" for linear in group.linears}
         side += _deflated([t for name, t in group.tensors().items() if name not in packed])
     bits = 0.0
@@ -120,6 +122,15 @@ def coded_size(groups: Callable[[str], GroupTensors], config: ModelConfig, other
         fitted = Tables.fit(table, slices)
         bits += fitted.entropy_bits(table) + 8 * len(fitted.to_bytes())
     return bits / 8 + side + other
+
+
+def _overhead(config: ModelConfig, slices: int) -> int:
+    """Bytes of the weights' header, the manifest, its digest, config.json and the model card, nearly."""
+    names = coded.coded_names(config, slices)
+    header = layout.encode_header({name: layout.TensorSpan("U8", (10**5,), 10**7, 10**7) for name in names})
+    layers = coded.linears(config)
+    summary = sum(len(layer.name) + 40 for layer in layers) + 40 * len(group_specs(config))
+    return len(header) + summary + STREAM_BYTES * len(names) + FIXED_BYTES
 
 
 def _deflated(arrays: list[np.ndarray]) -> int:  # type: ignore[type-arg]

@@ -239,6 +239,7 @@ class _Rounding:
         zeros = torch.zeros(slices, dtype=torch.float64)
         sums = _Sums(zeros, zeros.clone(), 0.0, torch.zeros(weight.shape[1]))
         weights = energy.float().clamp_min(0)
+        weights[self.exact] = 0  # exact columns have no levels
         for part in self._chunks(weight.shape[0]):
             kept = None if keep is None else keep[part]
             q, out = self._round(weight[part], part, kept)

@@ -1,6 +1,7 @@
 """The coded form of `model.safetensors`: what an artifact is on disk, smallest first, and how its parts are named.
 
-    lowtide.side          everything but the digits and the norms' neighbours: scales, outliers, thresholds, classes
+    lowtide.side          everything but the digits: scales, outliers, thresholds, norms
+    lowtide.classes       how large weights are, row by row and column by column: the entropy code's contexts
     lowtide.tables        frequency tables of the entropy code, one set for each kind of layer
     <layer>.weight        slice 0 of every layer, then <layer>.weight.1 of every layer, and so on
 
@@ -22,8 +23,7 @@ from lowtide.errors import LowtideError
 from lowtide.format import layout
 from lowtide.format.entropy import Tables
 
-SIDE, TABLES = "lowtide.side", "lowtide.tables"
-CLASSES = ("row_class", "col_class")
+SIDE, CLASSES, TABLES = "lowtide.side", "lowtide.classes", "lowtide.tables"
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -50,7 +50,7 @@ def stream_name(linear: str, level: int) -> str:
 def coded_names(config: ModelConfig, slices: int) -> list[str]:
     """Names of the tensors of a coded file in the order in which they lie."""
     streams = [stream_name(linear.name, s) for s in range(slices) for linear in linears(config)]
-    return [SIDE, TABLES, *streams]
+    return [SIDE, CLASSES, TABLES, *streams]
 
 
 def image_layout(tensors: Shapes) -> dict[str, layout.TensorSpan]:
@@ -58,14 +58,19 @@ def image_layout(tensors: Shapes) -> dict[str, layout.TensorSpan]:
     return layout.plan(dict(sorted(tensors.items())))
 
 
+def class_vectors(config: ModelConfig) -> tuple[list[int], list[int]]:
+    """Lengths and kinds of the class vectors: rows, then columns of each layer; a layer's kind k has the kinds 2 k and
+    2 k + 1, which share frequency tables."""
+    order = {name: index for index, name in enumerate(kinds(config))}
+    layers = linears(config)
+    lengths = [n for layer in layers for n in (layer.out_features, layer.in_features)]
+    return lengths, [2 * order[kind(layer.name)] + axis for layer in layers for axis in range(2)]
+
+
 def side_shapes(config: ModelConfig, expected: Shapes) -> Shapes:
-    """What the side data hold: every expected tensor but the packed weights, and the classes of rows and columns."""
+    """What the side data hold: every expected tensor but the packed weights."""
     packed = {f"{linear.name}.weight" for linear in linears(config)}
-    shapes = {name: entry for name, entry in expected.items() if name not in packed}
-    for linear in linears(config):
-        shapes[f"{linear.name}.row_class"] = ("U8", (linear.out_features,))
-        shapes[f"{linear.name}.col_class"] = ("U8", (linear.in_features,))
-    return shapes
+    return {name: entry for name, entry in expected.items() if name not in packed}
 
 
 def pack_side(shapes: Shapes, tensors: Mapping[str, NDArray[Any]]) -> bytes:

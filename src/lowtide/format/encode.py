@@ -36,7 +36,7 @@ def encode_spool(
     """
     layers = coded.linears(config)
     middle = codec.doubled_centre(codec.centres(slices, zero)) // 2 if zero else None
-    side: dict[str, NDArray[Any]] = {}
+    found: list[NDArray[np.uint8]] = []
     counts = {kind: np.zeros((CONTEXTS, 4**slices), np.int64) for kind in coded.kinds(config)}
     entropy_bits = 0.0
 
@@ -47,7 +47,7 @@ def encode_spool(
     for index, layer in enumerate(layers):
         q = codes(index)
         rows, cols = classes(q, slices, middle)
-        side[f"{layer.name}.row_class"], side[f"{layer.name}.col_class"] = rows, cols
+        found += [rows, cols]
         counts[coded.kind(layer.name)] += entropy.histogram(q, rows, cols, slices)
         if report:
             report(index + 1, 2 * len(layers))
@@ -56,13 +56,15 @@ def encode_spool(
     result = Spool(target)
     try:
         shapes = coded.side_shapes(config, packed.tensors)
-        side |= {name: packed.read(name) for name in shapes if name not in side}
+        side = {name: packed.read(name) for name in shapes}
         table_bytes = coded.pack_tables(tables[kind] for kind in coded.kinds(config))
+        class_bytes = entropy.encode_classes(found, coded.class_vectors(config)[1])
         result.add(coded.SIDE, np.frombuffer(coded.pack_side(shapes, side), np.uint8))
+        result.add(coded.CLASSES, np.frombuffer(class_bytes, np.uint8))
         result.add(coded.TABLES, np.frombuffer(table_bytes, np.uint8))
-        bits = 8 * len(table_bytes) + 8 * sum(v.nbytes for n, v in side.items() if n.endswith(coded.CLASSES))
+        bits = 8 * (len(table_bytes) + len(class_bytes))
         for index, layer in enumerate(layers):
-            rows, cols = (side[f"{layer.name}.{field}"] for field in coded.CLASSES)
+            rows, cols = found[2 * index : 2 * index + 2]
             streams = entropy.encode(codes(index), rows, cols, tables[coded.kind(layer.name)], 2)
             for s, stream in enumerate(streams):
                 result.add(coded.stream_name(layer.name, s), np.frombuffer(stream, np.uint8))

@@ -79,6 +79,9 @@ def unpack(data: memoryview, manifest: Manifest, slices: int, target: Path, wher
     shapes = coded.side_shapes(manifest.config, expected)
     side = coded.unpack_side(part(coded.SIDE), shapes, where)
     tables = coded.unpack_tables(part(coded.TABLES), manifest.config, manifest.slices, where)
+    found = entropy.decode_classes(
+        part(coded.CLASSES), *coded.class_vectors(manifest.config), f"{where}: tensor {coded.CLASSES}"
+    )
     places = coded.image_layout(expected)
     header = layout.encode_header(places)
     threads = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -89,15 +92,15 @@ def unpack(data: memoryview, manifest: Manifest, slices: int, target: Path, wher
         for name, span in places.items():
             if name in side:
                 room[len(header) + span.start : len(header) + span.stop] = side[name].tobytes()
-        for linear in coded.linears(manifest.config):
+        for index, linear in enumerate(coded.linears(manifest.config)):
             name = f"{linear.name}.weight"
             place, shape = places[name], expected[name][1]
             size = place.stop - place.start
             packed = np.frombuffer(room, np.uint8, size, len(header) + place.start).reshape(shape)
             entropy.decode(
                 [part(coded.stream_name(linear.name, s)) for s in range(slices)],
-                side[f"{linear.name}.row_class"],
-                side[f"{linear.name}.col_class"],
+                found[2 * index],
+                found[2 * index + 1],
                 tables[coded.kind(linear.name)],
                 linear.out_features,
                 linear.in_features,
