@@ -25,7 +25,7 @@ SPARE, SPARE_STEP = 0.009, 0.003
 """Variables beyond the equations, as parts of their number: at the first attempt, and more at each later one."""
 _BATCH = 1 << 22
 """Equations solved at a time: memory, about 60 bytes each."""
-_SIDE_BY_SIDE = 16
+_SIDE_BY_SIDE = 192
 """Systems that cost hardly more time than one."""
 
 
