@@ -26,7 +26,7 @@ import numpy as np
 import peers
 import torch
 from numpy.typing import NDArray
-from static import RoundedSource
+from rounding import RoundedSource
 
 import lowtide
 from lowtide.compress.dense import DenseModel

@@ -38,7 +38,7 @@ def load(monkeypatch, tmp_path):
         return module
 
     yield load
-    for name in ("common", "static", "peers", "quality", "agreement", "decode", "worker"):
+    for name in ("common", "rounding", "peers", "quality", "agreement", "decode", "worker"):
         sys.modules.pop(name, None)
 
 
@@ -73,7 +73,7 @@ def test_results_say_where_they_come_from_without_folders(load, monkeypatch, tmp
 
 @pytest.mark.parametrize("inputs", [64, 128, 100, 3])
 def test_rounding_is_the_best_of_all_scales(load, inputs):
-    static = load("static")
+    static = load("rounding")
     weight = torch.randn(5, inputs, generator=torch.Generator().manual_seed(0))
     errors = []
     for bits in (2, 3, 4, 5):
@@ -93,7 +93,7 @@ def test_rounding_is_the_best_of_all_scales(load, inputs):
 
 
 def test_rounded_sources_count_their_bits(load, twins):
-    static = load("static")
+    static = load("rounding")
     rounded = static.RoundedSource(twins[2], 3)
     body, total = rounded.bits_per_weight()
     config = rounded.config
@@ -153,7 +153,7 @@ def test_quality_of_a_tiny_model(load, twins, tmp_path, capsys):
 def test_static_rows_hold_the_rounded_models_figures(load, twins, tmp_path, capsys):
     run_quality(load, twins, tmp_path, "--bits", "dense", "--other-bits", "5", "--static", "3", "--json")
     result = json.loads(capsys.readouterr().out)
-    static = load("static")
+    static = load("rounding")
     from lowtide.runtime.model import load_tokenizer
 
     ids = torch.tensor(load_tokenizer(open_artifact(twins[0])).encode(TEXT, special=False)[:24]).view(2, 12)

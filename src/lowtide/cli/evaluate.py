@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, BitsList, CacheBits, Isa, Json, Policy, Threads, parse_bits_list
+from lowtide.cli.options import Artifact, BitsList, CacheBits, Isa, Json, Multiplier, Policy, Threads, parse_bits_list
 
 
 def evaluate(
@@ -22,6 +22,7 @@ def evaluate(
     threads: Threads = None,
     isa: Isa = None,
     cache_bits: CacheBits = 16,
+    importance_multiplier: Multiplier = 0.0,
     json: Json = False,
 ) -> None:
     """Measure quality: KL to the dense model, perplexity, bits read.
@@ -50,6 +51,7 @@ def evaluate(
         isa=isa,
         cache_bits=cache_bits,
         bos=bos,
+        importance_multiplier=importance_multiplier,
         progress=sys.stderr.isatty(),
     )
     if json:

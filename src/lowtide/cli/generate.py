@@ -16,6 +16,7 @@ from lowtide.cli.options import (
     Isa,
     Json,
     MaxTokens,
+    Multiplier,
     Policy,
     Seed,
     Temperature,
@@ -42,6 +43,7 @@ def generate(
     isa: Isa = None,
     context: Context = None,
     cache_bits: CacheBits = 16,
+    importance_multiplier: Multiplier = 0.0,
     json: Json = False,
 ) -> None:
     """Continue a text, token by token.
@@ -58,7 +60,7 @@ def generate(
     from lowtide.runtime.model import load
 
     budget = parse_bits(bits)
-    with load(artifact, threads=threads, isa=isa, context=context, cache_bits=cache_bits) as model:
+    with load(artifact, threads, isa, context, cache_bits, importance_multiplier) as model:
         pieces = model.generate(prompt, max_tokens, budget, temperature, top_k, top_p, seed, policy)
         if json:
             text = "".join(pieces)

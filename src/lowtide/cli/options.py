@@ -30,6 +30,9 @@ Context: TypeAlias = Annotated[
 CacheBits: TypeAlias = Annotated[
     int, typer.Option(help="Bits of cached keys and values: 16, or 8 for half the memory.")
 ]
+Multiplier: TypeAlias = Annotated[
+    float, typer.Option(help="Multiply weights by their columns' importance to this power.", metavar="POWER")
+]
 Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy, 1 the model's own distribution.")]
 TopK: TypeAlias = Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0 for all.")]
 TopP: TypeAlias = Annotated[float, typer.Option(help="Choose among the likeliest tokens that make up p.")]

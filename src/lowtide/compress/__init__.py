@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowtide.compress.pipeline import compress
+from lowtide.compress.pipeline import compress, compress_curve
 from lowtide.compress.sources import Source, open_source
 
-__all__ = ["Source", "compress", "open_source"]
+__all__ = ["Source", "compress", "compress_curve", "open_source"]

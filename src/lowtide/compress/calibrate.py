@@ -52,9 +52,11 @@ class GroupStats:
 
 @dataclass
 class _Sums:
-    """Running sums of one group; `hessians`: those of the outer products of inputs, too."""
+    """Running sums of one group; `hessians`: those of the outer products of inputs, too; `weighted`: those
+    weighed by gradients as well."""
 
     hessians: bool = False
+    weighted: bool = True
     count: int = 0
     x: torch.Tensor | float = 0.0
     x2: torch.Tensor | float = 0.0
@@ -67,7 +69,12 @@ class _Sums:
 
     def add_outer(self, x: torch.Tensor, say: torch.Tensor) -> None:
         """Take in inputs [n, in] and each token's weight [n] for the Hessians."""
-        self.xx = self.xx + x.T @ x
+        if isinstance(self.xx, torch.Tensor):
+            self.xx.addmm_(x.T, x)
+        else:
+            self.xx = x.T @ x
+        if not self.weighted:
+            return
         self.sxx = self.sxx + (x * say[:, None]).T @ x
         self.say += float(say.sum())
 
@@ -92,7 +99,8 @@ class _Sums:
         )
         if self.hessians:
             result.hessian = _tensor(self.xx) / n
-            result.weighted = _tensor(self.sxx) / max(self.say, 1e-30)
+            if self.weighted:
+                result.weighted = _tensor(self.sxx) / max(self.say, 1e-30)
         return result
 
 
@@ -102,7 +110,7 @@ def _tensor(value: torch.Tensor | float) -> torch.Tensor:
 
 
 def head_pass(
-    model: DenseModel, states: torch.Tensor, seed: int, hessians: bool = False
+    model: DenseModel, states: torch.Tensor, seed: int, hessians: bool = False, weighted: bool = True
 ) -> tuple[torch.Tensor, GroupStats]:
     """Through the output head and the final norm.
 
@@ -113,7 +121,7 @@ def head_pass(
     weight = model.head_weight
     flat = states.reshape(-1, states.shape[-1])
     grad = torch.empty_like(flat)
-    sums = _Sums(hessians)
+    sums = _Sums(hessians, weighted)
     for start in range(0, flat.shape[0], HEAD_CHUNK):
         part = flat[start : start + HEAD_CHUNK].detach().requires_grad_(True)
         with torch.enable_grad():
@@ -131,15 +139,20 @@ def head_pass(
 
 
 def block_pass(
-    model: DenseModel, block: Block, states: torch.Tensor, grad_out: torch.Tensor, hessians: bool = False
+    model: DenseModel,
+    block: Block,
+    states: torch.Tensor,
+    grad_out: torch.Tensor,
+    hessians: bool = False,
+    weighted: bool = True,
 ) -> tuple[torch.Tensor, dict[str, GroupStats]]:
     """Back through one block: its input and the gradient at its output -> the gradient at its input, statistics.
 
-    states, grad_out: f32 [B, N, D]. hessians: gather the groups' Hessians, too.
+    states, grad_out: f32 [B, N, D]. hessians: gather the groups' Hessians, too; weighted: both kinds.
     """
     rope = rope_tables(model.config, 0, states.shape[1])
     norms = (block.input_norm, block.post_norm)
-    sums = {group: _Sums(hessians) for group in block.weights}
+    sums = {group: _Sums(hessians, weighted) for group in block.weights}
     grad_in = torch.empty_like(states)
     for row in range(states.shape[0]):
         seen: _Seen = {}

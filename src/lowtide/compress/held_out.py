@@ -6,7 +6,7 @@ of coefficients that an engine adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,32 @@ def coded_block(model: DenseModel, index: int, load: LoadGroup) -> Block:
 
 
 @torch.no_grad()
+def coded_states(reference: DenseModel, load: LoadGroup, ids: torch.Tensor, both: bool) -> list[torch.Tensor]:
+    """What the final norm reads, f32 [B, N, D]: of the dense model first, if `both`, and of the coded one."""
+    config = reference.config
+    rope = rope_tables(config, 0, ids.shape[1])
+    states = [F.embedding(ids, table(load("head" if config.tied else "embed")))]
+    if both:
+        states.insert(0, reference.embed(ids))
+    for index in range(config.num_layers):
+        blocks = [coded_block(reference, index, load)]
+        if both:
+            blocks.insert(0, reference.block(index))
+        states = [
+            torch.cat([decoder_block(config, (b.input_norm, b.post_norm), row[None], b.apply, rope) for row in x])
+            for b, x in zip(blocks, states, strict=True)
+        ]
+    return states
+
+
+def coded_logits(reference: DenseModel, load: LoadGroup, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits f32 [N, V] of the coded model, window by window of ids i64 [B, N]."""
+    (states,) = coded_states(reference, load, ids, both=False)
+    head, bias = full_read(load("head"))
+    for window in states:
+        yield _logits(reference, window, head, bias)
+
+
 def held_out_kl(reference: DenseModel, load: LoadGroup, ids: torch.Tensor) -> float:
     """Mean KL(dense || coded) in nats per token.
 
@@ -52,24 +78,16 @@ def held_out_kl(reference: DenseModel, load: LoadGroup, ids: torch.Tensor) -> fl
         load: group name -> its tensors.
         ids: i64 [B, N].
     """
-    config = reference.config
-    rope = rope_tables(config, 0, ids.shape[1])
-    dense = reference.embed(ids)
-    head, head_bias = full_read(load("head"))
-    coded = F.embedding(ids, head if config.tied else table(load("embed")))
-    for index in range(config.num_layers):
-        blocks = reference.block(index), coded_block(reference, index, load)
-        dense, coded = (
-            torch.cat([decoder_block(config, (b.input_norm, b.post_norm), row[None], b.apply, rope) for row in x])
-            for b, x in zip(blocks, (dense, coded), strict=True)
-        )
+    dense, coded = coded_states(reference, load, ids, both=True)
+    head, bias = full_read(load("head"))
     total = 0.0
     for a, b in zip(dense, coded, strict=True):
         p = torch.log_softmax(_logits(reference, a, reference.head_weight, None), -1)
-        q = torch.log_softmax(_logits(reference, b, head, head_bias), -1)
+        q = torch.log_softmax(_logits(reference, b, head, bias), -1)
         total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
     return total / ids.numel()
 
 
+@torch.no_grad()
 def _logits(model: DenseModel, x: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(rms_norm(x, model.final_norm, model.config.rms_eps), head, bias)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,43 @@ def compress(
     return figures | {"seconds": round(time.monotonic() - began, 1)}
 
 
+def compress_curve(
+    model: str | Path | Source,
+    outs: Mapping[float, str | Path],
+    *,
+    calibration: str | Path | None = None,
+    seed: int = 0,
+    policies: Sequence[str] = DEFAULT_POLICIES,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Several artifacts of one model in one walk: step -> folder. Calibration, most of the work, is shared.
+
+    Arguments and figures are those of `compress` with `step`; folders that exist are refused.
+    """
+    for out in outs.values():
+        if Path(out).exists():
+            raise LowtideError(f"{out}: exists already; choose another folder")
+    source = open_source(model) if isinstance(model, (str, Path)) else model
+    texts = [parse_policy(p, 4).text for p in policies]
+    job = _Job(source, 4, seed, progress or (lambda *_: None), Target(step=min(outs)), None)
+    first = Path(next(iter(outs.values())))
+    job.prepare(first.with_name(first.name + ".curve"), Path(calibration) if calibration else None, list(outs))
+    works = {step: WorkFolder(job.root.path / f"step-{step:g}", {"step": step}) for step in outs}
+
+    def visit(name: str, weight: torch.Tensor, bias: torch.Tensor | None, stats: GroupStats) -> None:
+        for step, work in works.items():
+            job.choose(step, work)
+            job.code(name, weight, bias, stats)
+
+    Walk(job.model, job.ids, seed, True, job.progress).run(job.root, visit)
+    figures = []
+    for step, work in works.items():
+        job.choose(step, work)
+        figures.append(job.write(Path(outs[step]), source.tokenizer_files(), texts, False, "entropy"))
+    job.root.remove()
+    return figures
+
+
 @dataclass
 class _Job:
     """One compression under way."""
@@ -134,8 +171,8 @@ class _Job:
         self.static = StepOptions(first_step(self.weights), self.slices)
         self.pruned: dict[str, Any] | None = None
 
-    def prepare(self, target: Path, calibration: Path | None) -> None:
-        """Open the work folder and choose the calibration tokens."""
+    def prepare(self, target: Path, calibration: Path | None, steps: Sequence[float] = ()) -> None:
+        """Open the work folder and choose the calibration tokens. steps: of a curve."""
         # A text that is refused is refused before anything is written.
         windows = None if self.target is None else STATIC_WINDOWS
         given = None if calibration is None else windows_of_file(self.source, calibration, windows)
@@ -143,6 +180,8 @@ class _Job:
         key = {"version": WORK_VERSION, "model": self.model_id, "text": text_hash, "seed": self.seed}
         key |= asdict(QuantOptions(slices=self.slices)) if self.target is None else asdict(self.target)
         key |= {"slices": self.slices, "prune": None if self.options is None else asdict(self.options)}
+        if steps:
+            key["steps"] = sorted(steps)
         self.root = self.work = WorkFolder(target.with_name(target.name + ".partial"), key)
         self.calibration = "sampled" if calibration is None else calibration.name
         known = self.work.load_arrays("calibration")
@@ -169,7 +208,7 @@ class _Job:
 
     def quantise(self) -> dict[str, Any]:
         """Code every group for dynamic reading."""
-        Walk(self.model, self.ids, self.seed, False, self.progress).run(self.work, self._code)
+        Walk(self.model, self.ids, self.seed, False, self.progress).run(self.work, self.code)
         return {}
 
     def search(self, other: int) -> dict[str, Any]:
@@ -184,9 +223,8 @@ class _Job:
         if self.target.free:
             step *= GENTLE
         while True:
-            self.static = replace(self.static, step=step)
-            self.work = WorkFolder(self.root.path / f"walk-{len(trials)}", {"step": step})
-            walk.run(self.work, self._code)
+            self.choose(step, WorkFolder(self.root.path / f"walk-{len(trials)}", {"step": step}))
+            walk.run(self.work, self.code)
             trials.append(self._measure(other))
             if self.target.fits(trials[-1].size, trials[-1].kl):
                 break
@@ -220,7 +258,12 @@ class _Job:
         self.progress("measure", 1, 1)
         return Trial(self.static.step, size, kl)
 
-    def _code(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, stats: GroupStats) -> None:
+    def choose(self, step: float, work: WorkFolder) -> None:
+        """Code with this step from now on, into this folder."""
+        self.static, self.work = replace(self.static, step=step), work
+
+    def code(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, stats: GroupStats) -> None:
+        """Code one group and keep it in the work folder."""
         spec = self.specs[name]
         coded: QuantisedGroup
         if self.target is None:

@@ -49,7 +49,7 @@ class Walk:
         states = self.model.block_inputs(self.ids, lambda done: self.progress("forward", done, layers))
         self.model.release()  # at 150k tokens each of the two tables takes a gigabyte
         if state is None:
-            grad, stats = head_pass(self.model, states[layers], self.seed + 1, self.hessians)
+            grad, stats = head_pass(self.model, states[layers], self.seed + 1, self.hessians, weighted=False)
             head = stats.to_arrays()
             self.model.release()
             work.save_arrays("head-statistics", head)
@@ -60,7 +60,7 @@ class Walk:
         self.progress("quantise", layers - 1 - first, layers + 1)
         for index in range(first, -1, -1):
             block = self.model.block(index)
-            grad, found = block_pass(self.model, block, states[index], grad, self.hessians)
+            grad, found = block_pass(self.model, block, states[index], grad, self.hessians, weighted=False)
             for group, stats in found.items():
                 self._visit(f"layers.{index}.{group}", block.weights[group], block.biases[group], stats, visit, keep)
             states[index] = torch.empty(0)  # no longer needed

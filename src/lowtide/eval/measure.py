@@ -23,6 +23,7 @@ from lowtide.format.reader import Artifact, open_artifact
 from lowtide.kernels.types import DecodeStats, PolicyParams
 from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, parse_bits, policy_params
 from lowtide.runtime.model import load_tokenizer
+from lowtide.runtime.multiplier import with_importance
 
 if TYPE_CHECKING:
     from lowtide.runtime.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def evaluate(
     isa: str | None = None,
     cache_bits: int = 16,
     bos: bool = False,
+    importance_multiplier: float = 0.0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure an artifact against the model it was made from.
@@ -96,6 +98,7 @@ def evaluate(
         threads, isa: of the native engine, see `lowtide.load`.
         cache_bits: bits of cached keys and values, 16 or 8.
         bos: begin every window with the model's begin-of-sequence token.
+        importance_multiplier: power of the columns' importance that multiplies the weights (runtime/multiplier.py).
         progress: show a progress bar on stderr.
 
     Returns:
@@ -108,6 +111,7 @@ def evaluate(
             policy the artifact does not store, or anything that opening the two refuses.
     """
     opened = open_artifact(artifact) if isinstance(artifact, (str, Path)) else artifact
+    opened = with_importance(opened, importance_multiplier)
     source = open_source(reference) if isinstance(reference, (str, Path)) else reference
     check_same_model(opened, source)
     points = [_point(opened, policy, b) for b in bits]

@@ -62,6 +62,7 @@ def load(
     isa: str | None = None,
     context: int | None = None,
     cache_bits: int = 16,
+    importance_multiplier: float = 0.0,
 ) -> Model:
     """Open an artifact and make it ready to generate.
 
@@ -71,14 +72,16 @@ def load(
         isa: instruction set ("avx512", "avx2", "neondot", "neon", "portable"); None takes LOWTIDE_ISA or the best one.
         context: tokens that the KV cache holds; None takes the model's own maximum, at most 4096.
         cache_bits: bits of cached keys and values: 16, or 8 for half the memory.
+        importance_multiplier: power of the columns' importance that multiplies the weights (runtime/multiplier.py).
 
     Raises:
         LowtideError: the artifact is broken, has no tokenizer, or an option does not fit this machine.
     """
     from lowtide.format.reader import open_artifact
     from lowtide.kernels.native import Engine
+    from lowtide.runtime.multiplier import with_importance
 
-    artifact = open_artifact(path)
+    artifact = with_importance(open_artifact(path), importance_multiplier)
     tokenizer = load_tokenizer(artifact)
     engine = Engine(artifact, threads=threads, isa=isa, max_context=context, cache_bits=cache_bits)
     return Model(artifact, engine, tokenizer)
