@@ -190,20 +190,21 @@ class _Job:
         if options.allocation == "erk":
             return alloc.erk(self.sizes, wanted)
         assert histogram is not None
-        start = histogram.sparsities(wanted)
-        return start if options.allocation == "global" else self._search(alloc.uniform(self.sizes, wanted))
+        start: Mapping[str, float] = histogram.sparsities(wanted)
+        return start if options.allocation == "global" else self._search([start, alloc.uniform(self.sizes, wanted)])
 
     def _problems(self, stage: str) -> Iterator[LayerProblem]:
         for index in range(len(self.store)):
             yield from self.store.block(index)
             self.progress(stage, index + 1, len(self.store))
 
-    def _search(self, start: Mapping[str, float]) -> Mapping[str, float]:
+    def _search(self, starts: list[Mapping[str, float]]) -> Mapping[str, float]:
+        """The best found from the better of the starts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         loss = _SearchLoss(self.model, self.ids, self.store, self.options, self.folder / "levels")
         search = alloc.Search(
             self.sizes,
-            start,
+            min(starts, key=loss),
             loss,
             generations=self.options.generations,
             children=self.options.children,

@@ -76,7 +76,8 @@ class Walk:
             members = problems[first : first + len(GROUPS[group])]
             row = 0
             for problem in members:
-                problem.target = targets[row : row + len(problem.weight)]
+                # several layers of a block would each make up for the same error of its input, and so overdo it
+                problem.target = targets[row : row + len(problem.weight)] if self.within else None
                 row += len(problem.weight)
             block.weights[group] = torch.cat(prune(members))
         self.dense = self._step(dense, self.dense)
