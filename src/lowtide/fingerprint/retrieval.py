@@ -65,13 +65,13 @@ class Lookup:
 
     def bit(self, which: int) -> NDArray[np.uint8]:
         """Bit `which` of every key's value; u8 [n]."""
-        start, band = row(self.salted, np.uint64(which), self.spans)
+        start, band, veil = row(self.salted, np.uint64(which), self.spans)
         first = start + self.starts
         word, shift = first >> 6, (first & 63).astype(np.uint64)
         above = self.words[np.minimum(word + 1, len(self.words) - 1)]
         # the second shift in two steps: a shift by 64 is undefined
         window = (self.words[word] >> shift) | ((above << np.uint64(1)) << (np.uint64(63) - shift))
-        return parity(window & band)
+        return parity(window & band) ^ veil
 
     def keep(self, which: NDArray[np.bool_]) -> Lookup:
         """The lookup of some of the keys."""
@@ -89,12 +89,16 @@ def salted(hashes: U64, seeds: NDArray[np.uint8], seed: int) -> U64:
     return hashes ^ table[seeds]
 
 
-def row(keys: U64, which: np.uint64 | U64, spans: NDArray[np.int64]) -> tuple[NDArray[np.int64], U64]:
-    """Start (i64 [n], below span) and band (u64 [n], odd) of bit `which` of salted keys."""
+def row(
+    keys: U64, which: np.uint64 | U64, spans: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], U64, NDArray[np.uint8]]:
+    """The row of bit `which` of salted keys: start (i64 [n], below span), band (u64 [n], odd), and a random bit u8 [n]
+    that veils the value, so that strangers get random bits even where all values are alike."""
     with np.errstate(over="ignore"):
         band = mix(keys + (which + np.uint64(1)) * np.uint64(GOLDEN))
-    start = ((mix(band) >> np.uint64(32)) * spans.astype(np.uint64)) >> np.uint64(32)
-    return start.astype(np.int64), band | np.uint64(1)
+    more = mix(band)
+    start = ((more >> np.uint64(32)) * spans.astype(np.uint64)) >> np.uint64(32)
+    return start.astype(np.int64), band | np.uint64(1), (more & np.uint64(1)).astype(np.uint8)
 
 
 def build(hashes: U64, values: U64, lengths: NDArray[np.int64], seed: int) -> Retrieval:
@@ -156,7 +160,7 @@ def _solve_batch(keys: _Keys, chunks: int, seed: int) -> tuple[NDArray[np.int64]
     left, attempt = np.arange(chunks), 0
     while attempt < SEEDS:
         # a few chunks take as long as many: then several seeds are tried side by side, and the first that does is kept
-        copies = min(SEEDS - attempt, max(1, _SIDE_BY_SIDE // len(left)))
+        copies = min(SEEDS - attempt, 8, max(1, _SIDE_BY_SIDE // len(left)))
         which = np.tile(left, copies)
         tried = attempt + np.repeat(np.arange(copies), len(left))
         # spare variables: few at first, since a retry costs time and a variable costs space for ever
@@ -185,7 +189,7 @@ def _attempt(
     chunks = len(sizes) // copies
     system = keys.chunk[which_key] + np.repeat(np.arange(copies) * chunks, len(bit) // copies)
     hashed = salted(keys.hash[which_key], tried[system].astype(np.uint8), seed)
-    start, band = row(hashed, bit.astype(np.uint64), sizes[system] - (BAND - 1))
+    start, band, veil = row(hashed, bit.astype(np.uint64), sizes[system] - (BAND - 1))
     order = np.argsort(start * len(sizes) + system, kind="stable")
-    equations = Equations(system[order], start[order], band[order], value[order])
+    equations = Equations(system[order], start[order], band[order], (value ^ veil)[order])
     return solve(equations, sizes, mix_int(seed + int(tried[0])))

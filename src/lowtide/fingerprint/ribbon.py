@@ -57,8 +57,8 @@ class _Open:
     """Rows whose first variable is not decided yet.
 
     band: u64 [systems, OPEN], bit v % 64 is the coefficient of variable v; value: u8 [systems, OPEN]; used: u64
-    [systems], bit p is set where place p is taken; failed: bool [systems]; work: u64 [systems, OPEN]. A row that vanishes keeps its place: with
-    the value 0 it was implied by others, with 1 it contradicts them.
+    [systems], bit p is set where place p is taken; failed: bool [systems]; work: u64 [systems, OPEN]. A row that
+    vanishes keeps its place: with the value 0 it was implied by others, with 1 it contradicts them.
     """
 
     band: U64
