@@ -113,7 +113,13 @@ def test_streams_behind_forged_hashes_do_not_get_in(tmp_path: Path) -> None:
     data = bytearray((opened.path / "model.safetensors").read_bytes())
     start, spans = layout.parse_header(memoryview(bytes(data)), "x")
     rng = np.random.default_rng(0)
-    for name in (coded.SIDE, coded.CLASSES, coded.TABLES, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight.1"):
+    for name in (
+        coded.SIDE,
+        coded.CLASSES,
+        coded.TABLES,
+        "model.layers.0.mlp.down_proj.weight",
+        "model.embed_tokens.weight.1",
+    ):
         for _ in range(5):
             forged = bytearray(data)
             at = start + int(rng.integers(spans[name].start, spans[name].stop))

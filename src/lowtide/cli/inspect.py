@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,16 +20,23 @@ def inspect(
         typer.Option(help="Budget whose thresholds are shown. [default: the middle of those stored]", metavar="B"),
     ] = None,
     policy: Policy = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Density, step, entropy, coded bits and importance of every layer.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write these with every mask as a page.", metavar="FILE")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write every mask as a picture.", metavar="FOLDER")] = None,
     json: Json = False,
 ) -> None:
-    """Show what an artifact holds, layer by layer.
+    """Show what an artifact holds, group by group and layer by layer.
 
-    Shapes, stored bits and side data per weight, outliers, exact channels, thresholds at one budget.
+    Shapes, stored bits and side data per weight, outliers, exact channels, thresholds at one budget. With --layers what
+    static coding made of each layer: the importance histogram counts input channels by octave around the rms.
 
     \b
     Examples:
       lowtide inspect smollm2.lowtide
       lowtide inspect smollm2.lowtide --bits 2.5 --policy topk --json
+      lowtide inspect smollm2.lowtide --layers --html smollm2.html --png masks
     """
     from dataclasses import asdict
 
@@ -42,6 +50,7 @@ def inspect(
     params = policy_params(opened, policy, budget)
     thresholds = dict(zip((n for n in opened.groups if n != "embed"), params.thresholds.tolist(), strict=True))
     rows = [describe(group, thresholds.get(name)) for name, group in opened.groups.items()]
+    found = _layers(opened, html, png) if layers or html or png else []
     weights = sum(row["weights"] for row in rows)
     file_bytes = opened.stored_bytes()
     totals = {"weights": weights, "file_bytes": file_bytes, "file_bits_per_weight": 8 * file_bytes / weights}
@@ -51,7 +60,9 @@ def inspect(
         # JSON has no infinity: a slice that is never read has no threshold.
         for row in rows:
             row["thresholds"] = [t if abs(t) != float("inf") else None for t in row["thresholds"]]
-        print_json({"config": asdict(opened.config), **totals, **budgets, "shown": shown, "groups": rows})
+        print_json(
+            {"config": asdict(opened.config), **totals, **budgets, "shown": shown, "groups": rows, "layers": found}
+        )
         return
     on_disk = f"{totals['file_bits_per_weight']:.3f} bits per weight on disk"
     print(f"{opened.config.architecture}: {weights / 1e6:.1f} M weights, {on_disk}")
@@ -60,6 +71,11 @@ def inspect(
         ("group", "out x in", "stored", "side", "outliers", "exact", f"{params.rule} at {bits_label(budget)}"),
         (_cells(row) for row in rows),
     )
+    if found:
+        print_table(
+            ("layer", "density", "step", "entropy", "coded", "importance by octave"),
+            (_layer_cells(row) for row in found),
+        )
 
 
 def describe(group: GroupTensors, thresholds: list[float] | None) -> dict[str, Any]:
@@ -76,6 +92,54 @@ def describe(group: GroupTensors, thresholds: list[float] | None) -> dict[str, A
         "exact_channels": [int(c) for c in group.exact_channels],
         "thresholds": thresholds or [],
     }
+
+
+def _layers(opened: Any, html: Path | None, png: Path | None) -> list[dict[str, Any]]:
+    """Figures of every layer; writes the page and the pictures that are wanted."""
+    from lowtide.cli.progress import progress_bar
+    from lowtide.format.survey import layer_figures, mask_picture
+    from lowtide.runtime import report
+
+    known = written_figures(opened.manifest.stats)
+    members = [(group, i) for group in opened.groups.values() for i in range(len(group.linears))]
+    rows, pictures = [], []
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as progress:
+        for done, (group, index) in enumerate(members):
+            name = group.linears[index].name
+            rows.append(layer_figures(group, index, known.get(name)))
+            if html is not None or png is not None:
+                pictures.append(mask_picture(group, index))
+            if png is not None:
+                (png / f"{name}.png").write_bytes(report.png(pictures[-1]))
+            progress("inspect", done + 1, len(members))
+    if html is not None:
+        size = (
+            f"{opened.stored_bytes() / 1e6:.1f} MB, {opened.manifest.coding}, up to {2 * opened.manifest.slices} bits"
+        )
+        report.write_page(
+            html, str(opened.manifest.stats.get("source", opened.path.name)), size, zip(rows, pictures, strict=True)
+        )
+    return rows
+
+
+def written_figures(stats: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Figures of layers that the writer noted in the manifest's free part; what does not look like them is left out."""
+    entropy = stats.get("entropy")
+    layers = entropy.get("layers") if isinstance(entropy, dict) else None
+    keys = ("density", "entropy_bits", "coded_bits")
+    return {
+        name: entry
+        for name, entry in (layers.items() if isinstance(layers, dict) else ())
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), (int, float)) for key in keys)
+    }
+
+
+def _layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    coded = "-" if row["coded_bits"] is None else f"{row['coded_bits']:.3f}"
+    histogram = " ".join(map(str, row["importance_histogram"]))
+    return row["layer"], f"{row['density']:.3f}", f"{row['step']:.3g}", f"{row['entropy_bits']:.3f}", coded, histogram
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

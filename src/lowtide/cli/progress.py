@@ -10,6 +10,7 @@ STAGES = {
     "forward": "running the model",
     "quantise": "coding layers",
     "measure": "measuring",
+    "inspect": "looking at layers",
     "write": "writing the artifact",
     "entropy": "entropy coding",
 }

@@ -32,13 +32,13 @@ def encode_spool(
 
     Returns:
         The coded tensors, and figures: weights, entropy_bits (conditional entropy of the codes given their contexts),
-        coded_bits (streams, tables and classes).
+        coded_bits (streams, tables and classes), layers (name -> density, entropy_bits, coded_bits per weight).
     """
     layers = coded.linears(config)
     middle = codec.doubled_centre(codec.centres(slices, zero)) // 2 if zero else None
     found: list[NDArray[np.uint8]] = []
     counts = {kind: np.zeros((CONTEXTS, 4**slices), np.int64) for kind in coded.kinds(config)}
-    entropy_bits = 0.0
+    figures: dict[str, dict[str, float]] = {}
 
     def codes(index: int) -> NDArray[np.uint8]:
         layer = layers[index]
@@ -48,7 +48,10 @@ def encode_spool(
         q = codes(index)
         rows, cols = classes(q, slices, middle)
         found += [rows, cols]
-        counts[coded.kind(layer.name)] += entropy.histogram(q, rows, cols, slices)
+        histogram = entropy.histogram(q, rows, cols, slices)
+        counts[coded.kind(layer.name)] += histogram
+        density = 1.0 if middle is None else float(np.count_nonzero(q != middle)) / q.size
+        figures[layer.name] = {"density": density, "entropy_bits": empirical_bits(histogram)[0] / q.size}
         if report:
             report(index + 1, 2 * len(layers))
     entropy_bits = sum(empirical_bits(table)[0] for table in counts.values())
@@ -69,10 +72,12 @@ def encode_spool(
             for s, stream in enumerate(streams):
                 result.add(coded.stream_name(layer.name, s), np.frombuffer(stream, np.uint8))
                 bits += 8 * len(stream)
+            figures[layer.name]["coded_bits"] = 8 * sum(map(len, streams)) / layer.weights
             if report:
                 report(len(layers) + index + 1, 2 * len(layers))
     except BaseException:
         result.close()
         raise
     weights = sum(layer.weights for layer in layers)
-    return result, {"weights": weights, "entropy_bits": entropy_bits, "coded_bits": bits}
+    short = {name: {k: round(v, 5) for k, v in values.items()} for name, values in figures.items()}
+    return result, {"weights": weights, "entropy_bits": entropy_bits, "coded_bits": bits, "layers": short}
