@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowtide.compress.prune.base import LayerProblem
 from lowtide.compress.prune.problems import layer_problems
 from lowtide.errors import LowtideError
 from lowtide.learn import restore as module
 from lowtide.learn.importance import ImportanceNetwork
 from lowtide.learn.relax import threshold
-from lowtide.learn.restore import block_sizes, output_metrics, restore, solve
+from lowtide.learn.restore import block_sizes, output_metrics, refit, restore, solve
 from lowtide.learn.train_importance import all_logs, kl_to_dense, run_block
 
 OUT, IN = 7, 11
@@ -31,11 +32,10 @@ def error(w: torch.Tensor, target: torch.Tensor, hessian: torch.Tensor, metric: 
 
 
 def test_it_is_the_exact_minimum_on_the_mask(monkeypatch):
-    monkeypatch.setattr(module, "ITERATIONS", 200)
     monkeypatch.setattr(module, "TOLERANCE", 1e-7)
     target, mask = case()
     hessian, metric = positive(IN, 1), positive(OUT, 2)
-    w = solve(target, hessian, [metric], mask, target, "layer")
+    w = solve(target, hessian, [metric], mask, target, "layer", iterations=200)
     on = mask.reshape(-1)
     full = torch.kron(metric, hessian)[on][:, on].double()
     right = (metric @ target @ hessian).reshape(-1)[on].double()
@@ -104,3 +104,20 @@ def test_restored_weights_are_closer_to_the_dense_model_than_masked_ones(small):
 
     masked = [[w * masks[f.name] for w, f in zip(task.weights(i), b, strict=True)] for i, b in enumerate(task.layers)]
     assert kl([[weights[f.name] for f in block] for block in task.layers]) < 0.8 * kl(masked)
+
+
+def test_gradual_removal_keeps_the_count_and_lowers_the_error():
+    g = torch.Generator().manual_seed(3)
+    out, inn = 40, 60
+    shared = torch.randn(inn, 4, generator=g) @ torch.randn(4, inn, generator=g)
+    mix = torch.randn(inn, inn, generator=g) / inn**0.5 + shared
+    hessian, metric = mix @ mix.T, positive(out, 4)
+    weight = torch.randn(out, inn, generator=g)
+    one = torch.ones(inn)
+    problem = LayerProblem("layer", "o_proj", 0.0, weight, one, one, metric.diagonal(), hessian, hessian)
+    score = weight.square() * hessian.diagonal() * metric.diagonal()[:, None]
+    mask = score > score.flatten().median()
+    once, gradual = refit(problem, mask, [metric]), refit(problem, mask, [metric], score)
+    assert int((gradual != 0).sum()) == int(mask.sum()) == int((once != 0).sum())
+    assert error(gradual, weight, hessian, metric) < 0.99 * error(once, weight, hessian, metric)
+    assert not torch.equal(gradual != 0, mask)

@@ -29,6 +29,11 @@ from lowtide.errors import LowtideError
 DAMPING = 0.1
 """Share of the mean diagonal added to the output metric: it is known from fewer independent numbers than H is."""
 ITERATIONS = 40
+GRADUAL = 6
+STEP_ITERATIONS = 8
+"""Steps that raise the sparsity, and iterations after each but the last."""
+MOST_PER_SQUARE = 1e3
+"""Importance per squared weight is cut at this multiple of its median: where w is 0 the quotient says nothing."""
 TOLERANCE = 1e-4
 METRIC_ROWS = 2048
 """A layer with more outputs has a metric in diagonal blocks of at most so many rows."""
@@ -94,14 +99,20 @@ def _block_metrics(
 
 
 def solve(
-    target: torch.Tensor, hessian: torch.Tensor, metric: Metric, mask: torch.Tensor, start: torch.Tensor, name: str
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    metric: Metric,
+    mask: torch.Tensor,
+    start: torch.Tensor,
+    name: str,
+    iterations: int = ITERATIONS,
 ) -> torch.Tensor:
     """argmin over W' on the mask of tr(G (W' - target) H (W' - target)').
 
     Args:
         target, start: f32 [out, in]; hessian: f32 [in, in] and metric's blocks, both positive definite (damp them).
         mask: bool [out, in].
-        name: of the layer, for errors.
+        name: of the layer, for errors; iterations: at most.
 
     Returns:
         f32 [out, in].
@@ -120,7 +131,7 @@ def solve(
     z = residual * scale
     direction, rho = z.clone(), float((residual * z).sum())
     goal = rho * TOLERANCE**2
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         if rho <= max(goal, 1e-30):
             break
         step = image(direction)
@@ -135,13 +146,32 @@ def solve(
     return w
 
 
-def refit(problem: LayerProblem, mask: torch.Tensor, metric: Metric, start: torch.Tensor) -> torch.Tensor:
-    """`solve` for a problem, statistics damped; f32 [out, in]."""
+def refit(problem: LayerProblem, mask: torch.Tensor, metric: Metric, score: torch.Tensor | None = None) -> torch.Tensor:
+    """`solve` for a problem, statistics damped; f32 [out, in].
+
+    score: f32 [out, in], importances of the dense weights. With them the layer keeps as many weights as the mask does,
+    but removes them in GRADUAL steps, refitting in between: a weight's score is its importance times (its value now /
+    its dense value)^2, so that those that make up for others stay.
+    """
     # all blocks share one ridge: rows must keep their weight beside those of other blocks
     ridge = DAMPING * float(torch.cat([b.diagonal() for b in metric]).mean().clamp_min(1e-30))
     solid = [b + ridge * torch.eye(len(b)) for b in metric]
     target = problem.weight if problem.target is None else problem.target
-    return solve(target, damped(problem.hessian), solid, mask, start, problem.name)
+    hessian = damped(problem.hessian)
+    if score is None:
+        return solve(target, hessian, solid, mask, target, problem.name)
+    w, kept, removed = target, torch.ones_like(mask), mask.numel() - int(mask.sum())
+    per_square = score / problem.weight.square().clamp_min(1e-30)
+    per_square = per_square.clamp_max(float(per_square.median()) * MOST_PER_SQUARE)
+    for step in range(GRADUAL):
+        count = round(removed * (1 - (1 - (step + 1) / GRADUAL) ** 3))
+        if count:
+            now = torch.where(kept, per_square * w.square(), -1.0).reshape(-1)
+            kept = torch.ones_like(kept)
+            kept.view(-1)[now.argsort(stable=True)[:count]] = False
+        last = step == GRADUAL - 1
+        w = solve(target, hessian, solid, kept, w, problem.name, ITERATIONS if last else STEP_ITERATIONS)
+    return w
 
 
 def restore(
@@ -151,6 +181,7 @@ def restore(
     metrics: dict[str, Metric],
     report: Callable[[str, int, int], None] = lambda *_: None,
     share: float = 0.0,
+    scores: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The best weights for a model's masks, block by block from the front; layer name -> f32 [out, in].
 
@@ -159,14 +190,14 @@ def restore(
         masks: layer name -> bool [out, in].
         metrics: from `output_metrics`.
         share: how much of the residual stream's error a layer makes up for, see `sequential`.
+        scores: layer name -> importances f32 [out, in]: then the masks give the counts only, see `refit`.
     """
     walk = Walk(model, ids, share)
     found: dict[str, torch.Tensor] = {}
 
     def prune(members: list[LayerProblem]) -> list[torch.Tensor]:
         for p in members:
-            start = p.weight if p.target is None else p.target
-            found[p.name] = refit(p, masks[p.name], metrics[p.name], start)
+            found[p.name] = refit(p, masks[p.name], metrics[p.name], None if scores is None else scores[p.name])
         return [found[p.name] for p in members]
 
     for index in range(model.config.num_layers):
