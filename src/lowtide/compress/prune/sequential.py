@@ -23,8 +23,8 @@ from lowtide.compress.prune.base import LayerProblem
 from lowtide.compress.prune.problems import split_problems
 from lowtide.compress.prune.updates import damped
 
-RESIDUAL_SHARE = 0.0
-"""0.832 nats at 0 against 0.843 at 1 (stories15M, 60 %)."""
+RESIDUAL_SHARE = 0.5
+"""KL on stories15M at 60 %, damping 0.1: 0.758 at 0, 0.719 at 0.5, 0.754 at 1."""
 ORDER = ("qkv", "o", "gate_up", "down")
 ADDS = ("o", "down")
 """Groups whose output is added to the residual stream."""

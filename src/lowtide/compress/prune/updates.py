@@ -19,8 +19,10 @@ import torch
 from lowtide.compress.prune.base import LayerProblem
 from lowtide.errors import LowtideError
 
-DAMPING = 0.01
-"""Share of the mean diagonal that is added to the Hessian's diagonal."""
+DAMPING = 0.2
+"""Share of the mean diagonal that is added to the Hessian's diagonal. It holds the weights near the dense model's: what
+calibration text fits beyond that, other text does not (stories15M at 60 %, KL: 0.01 0.841, 0.1 0.758, 0.3 0.739, 1.0
+0.834; SparseGPT's own does not care, 0.01 1.172, 0.1 1.178)."""
 ITERATIONS = 60
 TOLERANCE = 1e-4
 """Conjugate gradients stop when every row's residual is this small beside its right side."""
