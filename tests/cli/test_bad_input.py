@@ -113,6 +113,7 @@ READERS = {
     "chat": (),
     "bench": (),
     "inspect": (),
+    "pack": ("out",),
     "verify": (),
 }
 

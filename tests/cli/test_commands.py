@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-COMMANDS = ("compress", "eval", "generate", "chat", "bench", "inspect", "verify")
+COMMANDS = ("compress", "eval", "generate", "chat", "bench", "inspect", "pack", "prune", "verify")
 
 
 def budgets(artifact):
