@@ -123,7 +123,10 @@ def ngram(
     out: Out,
     order: Annotated[int, typer.Option(help="Words of the longest n-grams.")] = 3,
     smoothing: Annotated[str, typer.Option(help="kneser-ney or stupid-backoff.")] = "kneser-ney",
-    bits: Annotated[int, typer.Option(help="Bits of each n-gram's fingerprint.")] = 12,
+    false_mass: Annotated[
+        float, typer.Option(help="Sum of the probabilities that false positives give to all words, on average.")
+    ] = 0.02,
+    bits: Annotated[int | None, typer.Option(help="Fingerprints of this many bits instead of --false-mass.")] = None,
     lower: Annotated[bool, typer.Option("--lower", help="Lower-case the text.")] = False,
     seed: HashSeed = 0,
     force: Force = False,
@@ -134,11 +137,11 @@ def ngram(
     \b
     Examples:
       lowtide keyed ngram english.txt english.ltk
-      lowtide keyed ngram english.txt english.ltk --order 4 --bits 10 --lower
+      lowtide keyed ngram english.txt english.ltk --order 4 --false-mass 0.1 --lower
     """
     from lowtide.keyed.ngram import NgramOptions, build_ngram
 
-    options = NgramOptions(order=order, smoothing=smoothing, bits=bits, lower=lower, seed=seed)
+    options = NgramOptions(order, smoothing, false_mass=false_mass, bits=bits, lower=lower, seed=seed)
     _show(dict(build_ngram(_lines(text), out, options, force)), json)
 
 

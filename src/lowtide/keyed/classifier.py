@@ -41,7 +41,7 @@ class ClassifierOptions:
     of a stranger over that of a stored feature.
     """
 
-    keep: float = 0.25
+    keep: float = 0.1
     table_size: int = 16
     idf_values: int = 4
     code: CodeOptions = field(default_factory=lambda: CodeOptions(error=0.01))

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
-from lowtide.fingerprint import CodeOptions, Store, describe
+from lowtide.fingerprint import CodeOptions, describe
+from lowtide.fingerprint.code import code_for
 from lowtide.fingerprint.store import TEXTS
 from lowtide.fingerprint.table import lloyd_table
 from lowtide.keyed.bundle import Bundle, open_bundle, write_bundle
@@ -34,16 +35,16 @@ class NgramOptions:
     """How an n-gram model is made.
 
     order: longest n-grams; smoothing: of SMOOTHINGS; probabilities, backoffs: different values kept of each, per order;
-    bits: length of fingerprints; by_probability: longer ones for likelier n-grams (log2 p + a constant that gives
-    `bits` on average) instead of the same for all; lower: lower-case the text; seed: of the hashes.
+    false_mass: sum over all words of the p that false positives give them, expected for a word of the text, above 0;
+    bits: fingerprints of this length instead; lower: lower-case the text; seed: of the hashes.
     """
 
     order: int = 3
     smoothing: str = "kneser-ney"
     probabilities: int = 12
     backoffs: int = 6
-    bits: int = 12
-    by_probability: bool = False
+    false_mass: float = 0.02
+    bits: int | None = None
     lower: bool = False
     seed: int = 0
 
@@ -55,7 +56,9 @@ class NgramOptions:
         for name, value, limit in (("probabilities", self.probabilities, 64), ("backoffs", self.backoffs, 8)):
             if not 1 <= value <= limit:
                 raise LowtideError(f"{name} {value}: must be 1 to {limit}")
-        if not 0 <= self.bits <= 30:
+        if not 0 < self.false_mass < np.inf:
+            raise LowtideError(f"false mass {self.false_mass}: must be above 0")
+        if self.bits is not None and not 0 <= self.bits <= 30:
             raise LowtideError(f"fingerprint bits {self.bits}: must be 0 to 30")
 
 
@@ -202,45 +205,85 @@ def build_ngram(
 
 def write_ngram(counts: Counts, model: Model, path: str | Path, options: NgramOptions, force: bool = False) -> None:
     """Write a model that was counted and smoothed before. Raises as `build_ngram`."""
+    rounded = [_round(counts, model, k, options) for k in range(len(counts.orders))]
+    codes = _codes(counts, rounded, options)
     stores = {}
-    for k in range(len(counts.orders)):
-        stores[f"order{k + 1}"] = _order_store(counts, model, k, options)
+    for k, (grams, code) in enumerate(zip(rounded, codes, strict=True)):
+        texts = [text.encode() for text in counts.texts(k + 1)]
+        stores[f"order{k + 1}"] = text_store(texts, grams.pair, grams.table, code, energy=grams.harm)
     meta = {"unknown": model.unknown, "lower": options.lower, "smoothing": options.smoothing}
     write_bundle(path, KIND, meta, stores, force)
 
 
-def _order_store(counts: Counts, model: Model, k: int, options: NgramOptions) -> Store:
-    """The n-grams of one order: pairs of a quantised ln p and a quantised ln backoff.
+@dataclass
+class _Rounded:
+    """The n-grams of one order: pair i64 [n], row of the table of each; table: f32 [K, 2], ln p and ln backoff."""
 
-    Values are rounded with the least error for a text like the one counted: n-grams weigh as often as they occur.
+    pair: NDArray[np.int64]
+    table: NDArray[np.float32]
+
+    @property
+    def harm(self) -> F64:
+        """What a false positive of each row adds to a sum of probabilities: its p; f64 [K]."""
+        p: F64 = np.exp(self.table[:, 0].astype(np.float64))
+        return p
+
+
+def _round(counts: Counts, model: Model, k: int, options: NgramOptions) -> _Rounded:
+    """Values are rounded with the least error for a text like the one counted: n-grams weigh as often as they occur.
+
     Words are few and everything builds on them: their values are rounded eight times as finely.
     """
     fine = 1 if k else 8
     often = counts.orders[k].count.astype(np.float64)
     p_table, p = lloyd_table(model.log_p[k].astype(np.float32), fine * options.probabilities, often)
     b_table, b = lloyd_table(model.log_backoff[k].astype(np.float32), options.backoffs, often)
-    pair = p * len(b_table) + b
-    every = np.arange(len(p_table) * len(b_table))
-    table = np.concatenate([p_table[every // len(b_table)], b_table[every % len(b_table)]], 1)
-    code = CodeOptions(bits=options.bits, seed=options.seed)
-    energy = None
-    if options.by_probability:
-        energy = np.exp(table[:, 0].astype(np.float64))
-        code = CodeOptions(constant=_constant(np.bincount(pair, minlength=len(table)), energy, options.bits))
-    return text_store([t.encode() for t in counts.texts(k + 1)], pair, table, code, energy=energy)
+    used, pair = np.unique(p * len(b_table) + b, return_inverse=True)
+    return _Rounded(pair, np.concatenate([p_table[used // len(b_table)], b_table[used % len(b_table)]], 1))
 
 
-def _constant(counts: NDArray[np.int64], energy: F64, bits: float) -> float:
-    """The constant whose fingerprints have `bits` bits on average."""
-    from lowtide.fingerprint.code import code_for
+def _codes(counts: Counts, rounded: Sequence[_Rounded], options: NgramOptions) -> list[CodeOptions]:
+    """Fingerprint lengths of each order.
 
-    used = counts > 0
-    low, high = -32.0, 32.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        mean = float(np.average(code_for(counts[used], energy[used], middle).fingerprint_bits, weights=counts[used]))
-        low, high = (middle, high) if mean < bits else (low, middle)
-    return high
+    The law of lengths over all orders at once: strangers asked for at each prediction, times p, over the keys that pay.
+    All words are strangers to an order-2 context; of order 3 only those that were seen after the last word are asked
+    for.
+    """
+    if options.bits is not None:
+        return [CodeOptions(bits=options.bits, seed=options.seed) for _ in rounded]
+    strangers = _strangers(counts)
+    shift = []
+    for s, grams in zip(strangers, rounded, strict=True):
+        mean = float(grams.harm[grams.pair].mean())
+        shift.append(float(np.log2(max(s, 1e-3) * mean / len(grams.pair))))
+    low, high = -16.0, 56.0
+    for _ in range(20):
+        middle, mass = (low + high) / 2, 0.0
+        for s, grams, more in zip(strangers, rounded, shift, strict=True):
+            code = code_for(np.bincount(grams.pair), grams.harm, _clipped(middle + more))
+            mass += s * float((code.match_probability() * grams.harm).sum())
+        low, high = (middle, high) if mass > options.false_mass else (low, middle)
+    return [CodeOptions(constant=_clipped(high + more), seed=options.seed) for more in shift]
+
+
+def _clipped(constant: float) -> float:
+    return min(max(constant, -60.0), 60.0)
+
+
+def _strangers(counts: Counts) -> list[float]:
+    """How many n-grams of each order that do not exist are asked for when all words are tried at one position."""
+    words = float(len(counts.orders[0].word))
+    # as many new words as old ones: few will come, but one that gets a known word's p flatters the perplexity
+    result = [words]
+    for k in range(1, len(counts.orders)):
+        if k == 1:
+            result.append(words)
+            continue
+        shorter = counts.orders[k - 1]
+        followers = np.bincount(shorter.prefix, minlength=len(counts.orders[k - 2].word))
+        often = np.bincount(shorter.prefix, weights=shorter.count, minlength=len(followers))
+        result.append(float((followers * often).sum() / often.sum()))
+    return result
 
 
 def open_ngram(path: str | Path) -> NgramModel:
