@@ -1,4 +1,4 @@
-"""compress() made to be small: targets are met, what is pruned stays zero, interrupted runs go on, bad input is refused."""
+"""compress() made to be small: targets are met, pruned weights stay zero, interrupted runs go on, bad input is refused."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_a_kl_asked_for_is_a_kl_kept(small_model, tmp_path):
 
 @pytest.mark.parametrize("variant", [{"tied": False, "qkv_bias": True}, {"tied": True}])
 def test_the_engine_reads_what_was_coded(small_model, tmp_path, variant):
-    """Dense logits of the native engine against torch with the reconstructed weights: int8 inputs are all that differs."""
+    """The native engine against torch with the reconstructed weights: int8 inputs are all that differs."""
     import torch
 
-    from lowtide.compress.held_out import coded_block, full_read
     from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
+    from lowtide.compress.held_out import coded_block, full_read
 
     model = small_model(**variant)
     compress(model.folder, tmp_path / "out", step=0.01, policies=["channel-norm"])
@@ -136,6 +136,17 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(small_model, tmp_path, 
 def test_options_are_checked_first(tmp_path, options, message):
     with pytest.raises(LowtideError, match=message):
         compress(tmp_path / "no-model", tmp_path / "out", **options)
+
+
+def test_as_much_calibration_text_as_asked_for(small_model, tmp_path):
+    model, file = small_model(), tmp_path / "text.txt"
+    file.write_text(" ".join(["tide"] * 200))
+    found = compress(model.folder, tmp_path / "a", calibration=file, calibration_tokens=70, policies=["channel-norm"])
+    assert found["calibration_tokens"] == 96  # whole windows of 32
+    with pytest.raises(LowtideError, match=r"--calibration-tokens 99999: .*text.txt holds \d+ tokens"):
+        compress(model.folder, tmp_path / "b", calibration=file, calibration_tokens=99999)
+    with pytest.raises(LowtideError, match="--calibration-tokens: needs --calibration"):
+        compress(model.folder, tmp_path / "c", calibration_tokens=10)
 
 
 def test_a_size_that_cannot_be_reached_says_what_was(small_model, tmp_path):

@@ -17,6 +17,9 @@ def compress(
     calibration: Annotated[
         Path | None, typer.Option(help="Text to calibrate on. [default: the model writes its own]", metavar="FILE")
     ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of it. [default: 12 windows; 24 if made small]", metavar="N")
+    ] = None,
     size_mb: Annotated[float | None, typer.Option(help="Make it this small, in MB, all files counted.")] = None,
     kl: Annotated[float | None, typer.Option(help="Make it as small as this KL allows, in nats per token.")] = None,
     step: Annotated[float | None, typer.Option(help="Quantisation step, for a run that must not search.")] = None,
@@ -69,6 +72,7 @@ def compress(
             model,
             out,
             calibration=calibration,
+            calibration_tokens=calibration_tokens,
             bits_max=bits_max,
             size_mb=size_mb,
             kl=kl,
@@ -83,6 +87,12 @@ def compress(
     if json:
         print_json(figures)
         return
+    entropy = figures.get("entropy")
+    if entropy:
+        coded, bound = entropy["coded_bits"] / 8e6, entropy["entropy_bits"] / 8e6
+        print(f"digits: {coded:.2f} MB coded, {bound:.2f} MB by their entropy ({coded / bound:.4f} times)")
+    if figures.get("held_out_kl") is not None:
+        print(f"KL {figures['held_out_kl']:.4f} on held-out text, step {figures['step']:.3g}")
     print(
         f"{out}: {figures['weights'] / 1e6:.1f} M weights in {figures['file_bytes'] / 1e6:.1f} MB, "
         f"{figures['file_bits_per_weight']:.2f} bits per weight, {figures['seconds']:.0f} s"

@@ -47,6 +47,7 @@ def compress(
     out: str | Path,
     *,
     calibration: str | Path | None = None,
+    calibration_tokens: int | None = None,
     bits_max: int | None = None,
     size_mb: float | None = None,
     kl: float | None = None,
@@ -68,6 +69,7 @@ def compress(
         out: the artifact's folder, made here; finished groups wait in `OUT.partial` and an interrupted run with the
             same options goes on from there.
         calibration: a UTF-8 text file; by default the model writes its own calibration text.
+        calibration_tokens: how much of that file to use, spread evenly over it; refused if it holds less.
         bits_max: bits per weight stored at most, 2, 4, 6 or 8; by default 6, or 8 if made to be small.
         size_mb: size of the artifact in megabytes (10^6 bytes), all files counted.
         kl: KL to the dense model in nats per token, on text held out of the calibration text.
@@ -100,11 +102,13 @@ def compress(
     texts = [parse_policy(p, bits // 2).text for p in policies]
     if not texts or len(set(texts)) != len(texts):
         raise LowtideError("policies: give one or more, each once")
+    if calibration_tokens is not None and calibration is None:
+        raise LowtideError("--calibration-tokens: needs --calibration, the text to take them from")
     source = open_source(model) if isinstance(model, (str, Path)) else model
     files = source.tokenizer_files()
     try:
         job = _Job(source, bits // 2, seed, progress or (lambda *_: None), wanted, prune)
-        job.prepare(target, Path(calibration) if calibration else None)
+        job.prepare(target, Path(calibration) if calibration else None, tokens=calibration_tokens)
         job.prune()
         found = job.quantise() if wanted is None else job.search(sum(map(len, files.values())))
         figures = job.write(target, files, texts, force, coding) | found
@@ -171,13 +175,16 @@ class _Job:
         self.static = StepOptions(first_step(self.weights), self.slices)
         self.pruned: dict[str, Any] | None = None
 
-    def prepare(self, target: Path, calibration: Path | None, steps: Sequence[float] = ()) -> None:
+    def prepare(
+        self, target: Path, calibration: Path | None, steps: Sequence[float] = (), tokens: int | None = None
+    ) -> None:
         """Open the work folder and choose the calibration tokens. steps: of a curve."""
         # A text that is refused is refused before anything is written.
         windows = None if self.target is None else STATIC_WINDOWS
-        given = None if calibration is None else windows_of_file(self.source, calibration, windows)
+        given = None if calibration is None else windows_of_file(self.source, calibration, windows, tokens)
         text_hash = None if calibration is None else hashlib.sha256(_read(calibration)).hexdigest()
         key = {"version": WORK_VERSION, "model": self.model_id, "text": text_hash, "seed": self.seed}
+        key["tokens"] = tokens
         key |= asdict(QuantOptions(slices=self.slices)) if self.target is None else asdict(self.target)
         key |= {"slices": self.slices, "prune": None if self.options is None else asdict(self.options)}
         if steps:

@@ -129,7 +129,7 @@ def _overhead(config: ModelConfig, slices: int) -> int:
     names = coded.coded_names(config, slices)
     header = layout.encode_header({name: layout.TensorSpan("U8", (10**5,), 10**7, 10**7) for name in names})
     layers = coded.linears(config)
-    summary = sum(len(layer.name) + 40 for layer in layers) + 40 * len(group_specs(config))
+    summary = sum(2 * len(layer.name) + 125 for layer in layers) + 40 * len(group_specs(config))
     return len(header) + summary + STREAM_BYTES * len(names) + FIXED_BYTES
 
 

@@ -30,8 +30,11 @@ def encode_text(source: Source, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
 
-def windows_of_file(source: Source, file: Path, windows: int | None = None) -> torch.Tensor:
-    """Windows spread evenly over a text file, i64 [at most `windows` (default FILE_WINDOWS), window]."""
+def windows_of_file(source: Source, file: Path, windows: int | None = None, tokens: int | None = None) -> torch.Tensor:
+    """Windows spread evenly over a text file, i64 [at most `windows` (default FILE_WINDOWS), window].
+
+    tokens: as many windows as hold so many tokens instead; LowtideError if the text has fewer.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,6 +45,13 @@ def windows_of_file(source: Source, file: Path, windows: int | None = None) -> t
     available = len(ids) // window
     if available == 0:
         raise LowtideError(f"{file}: {len(ids)} tokens are less than one window of {window}; give a longer text")
+    if tokens is not None:
+        windows = max(1, -(-tokens // window))
+        if tokens < 1 or windows > available:
+            raise LowtideError(
+                f"--calibration-tokens {tokens}: {file} holds {len(ids)} tokens, {available} windows of {window}; "
+                "ask for fewer or give a longer text"
+            )
     count = min(windows or FILE_WINDOWS, available)
     starts = [(available * i // count) * window for i in range(count)]
     return torch.stack([ids[s : s + window] for s in starts])
