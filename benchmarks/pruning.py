@@ -84,7 +84,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.seeds, options.sampled, options.windows = "0", 8, 1
-        options.methods, options.structures = ";".join(QUICK), "2:4"
+        if options.methods == parser.get_default("methods"):
+            options.methods = ";".join(QUICK)
+        if options.structures == parser.get_default("structures"):
+            options.structures = "2:4"
     unknown = [m for m in options.methods.split(";") if m not in METHODS]
     if unknown:
         parser.error(f"--methods: no {unknown[0]!r}; known are {'; '.join(METHODS)}")
