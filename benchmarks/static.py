@@ -58,6 +58,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="of --text")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--calibration", help="calibration text; sampled by default")
+    parser.add_argument("--calibration-tokens", type=int, help="of that text")
     parser.add_argument("--steps", default="2e-4,1e-4,5e-5", help="quantisation steps of the files")
     parser.add_argument("--seeds", default="0", help="of the calibration; several give mean and spread")
     parser.add_argument("--sparsity", default="0.3,0.5", help="files pruned first, at the middle step; empty for none")
@@ -102,21 +103,30 @@ class Files:
         outs = {step: out for step, out in outs.items() if not out.exists()}
         if outs:
             common.note(f"compressing, seed {seed}, steps {', '.join(f'{s:g}' for s in outs)}")
-            compress_curve(self.options.model, outs, calibration=self.options.calibration, seed=seed, policies=POLICY)
+            o = self.options
+            compress_curve(
+                o.model,
+                outs,
+                calibration=o.calibration,
+                calibration_tokens=o.calibration_tokens,
+                seed=seed,
+                policies=POLICY,
+            )
 
     def artifact(self, step: float, seed: int, sparsity: float = 0.0) -> Artifact:
         """The artifact of a step."""
         out = self.place(step, seed, sparsity)
         if not (out / "lowtide.json").exists():
             common.note(f"compressing, {out.name}")
-            prune = PruneOptions(sparsity=sparsity, seed=seed) if sparsity else None
+            prune = PruneOptions(sparsity=sparsity, allocation="global", sequential="group", seed=seed)
             compress(
                 self.options.model,
                 out,
                 calibration=self.options.calibration,
+                calibration_tokens=self.options.calibration_tokens,
                 step=step,
                 seed=seed,
-                prune=prune,
+                prune=prune if sparsity else None,
                 policies=POLICY,
             )
         return open_artifact(out)

@@ -28,7 +28,10 @@ def compress(
     ] = None,
     prune_rule: Annotated[str, typer.Option(help="Pruning rule; see `lowtide prune --help`.")] = "importance",
     structure: Annotated[str, typer.Option(help="unstructured, N:M, row, column or block:RxC.")] = "unstructured",
-    allocation: Annotated[str, typer.Option(help="Sparsity of each layer: uniform, global or searched.")] = "uniform",
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="Sparsity of each layer: uniform, global or searched. [default: global if it may]"),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
     bits_max: Annotated[
         int | None, typer.Option(help="Bits per weight stored at most: 2, 4, 6 or 8. [default: 6; 8 if made small]")
@@ -65,7 +68,13 @@ def compress(
 
         share = None if sparsity == "auto" else parse_share(sparsity)
         prune = PruneOptions(
-            rule=prune_rule, sparsity=share, structure=structure, allocation=allocation, strict=strict, seed=seed
+            rule=prune_rule,
+            sparsity=share,
+            structure=structure,
+            allocation=allocation or ("global" if structure == "unstructured" else "uniform"),
+            sequential="group",
+            strict=strict,
+            seed=seed,
         )
     with progress_bar() as progress:
         figures = run(

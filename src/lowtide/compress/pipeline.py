@@ -123,6 +123,7 @@ def compress_curve(
     outs: Mapping[float, str | Path],
     *,
     calibration: str | Path | None = None,
+    calibration_tokens: int | None = None,
     seed: int = 0,
     policies: Sequence[str] = DEFAULT_POLICIES,
     progress: Progress | None = None,
@@ -138,7 +139,12 @@ def compress_curve(
     texts = [parse_policy(p, 4).text for p in policies]
     job = _Job(source, 4, seed, progress or (lambda *_: None), Target(step=min(outs)), None)
     first = Path(next(iter(outs.values())))
-    job.prepare(first.with_name(first.name + ".curve"), Path(calibration) if calibration else None, list(outs))
+    job.prepare(
+        first.with_name(first.name + ".curve"),
+        Path(calibration) if calibration else None,
+        list(outs),
+        calibration_tokens,
+    )
     works = {step: WorkFolder(job.root.path / f"step-{step:g}", {"step": step}) for step in outs}
 
     def visit(name: str, weight: torch.Tensor, bias: torch.Tensor | None, stats: GroupStats) -> None:
