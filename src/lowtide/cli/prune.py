@@ -28,6 +28,9 @@ def prune(
     calibration: Annotated[
         Path | None, typer.Option(help="Text to calibrate on. [default: the model writes its own]", metavar="FILE")
     ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of it. [default: 12 windows]", metavar="N")
+    ] = None,
     updates: Annotated[
         bool | None,
         typer.Option("--updates/--no-updates", help="Best values for the weights that stay. [default: as the rule]"),
@@ -82,7 +85,7 @@ def prune(
         if calibration is None:
             ids = sampled_windows(DenseModel(source), seed, lambda done, total: progress("sample", done, total))
         else:
-            ids = windows_of_file(source, calibration)
+            ids = windows_of_file(source, calibration, tokens=calibration_tokens)
         pruned, report = prune_model(source, ids, options, work=work, progress=progress)
         size = write_folder(pruned, out, dtype, force)
     for warning in report["warnings"]:
