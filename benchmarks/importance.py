@@ -11,7 +11,8 @@ see the same calibration windows. Rules:
     wanda, sparsegpt      as published: block by block, statistics of the model pruned so far
     start                 the network before training: w^2 E[x^2] fisher / 2, one threshold over all layers
     others, own           the trained networks
-    +updates              the same masks, the weights that stay refitted under the output metric (learn/restore.py)
+    +refit                the same masks, the weights that stay refitted under the output metric (learn/restore.py)
+    +gradual              as many weights of each layer, removed in steps with refits between
 
 Rows are appended to WORK/rows.jsonl and not measured twice; trained networks and statistics stay in WORK, too.
 """
@@ -34,18 +35,18 @@ import torch
 from lowtide.compress.calibrate import GroupStats
 from lowtide.compress.dense import Block, DenseModel, decoder_block, rms_norm, rope_tables
 from lowtide.compress.prune import get_pruner
-from lowtide.compress.prune.base import LayerProblem
 from lowtide.compress.prune.problems import ProblemStore, split_problems
 from lowtide.compress.sources import open_source
 from lowtide.compress.text import encode_text
 from lowtide.errors import LowtideError
 from lowtide.learn import checkpoint
-from lowtide.learn.importance import ImportanceNetwork, score_with
-from lowtide.learn.relax import threshold
-from lowtide.learn.restore import Metric, output_metrics, restore
+from lowtide.learn.importance import ImportanceNetwork
+from lowtide.learn.oneshot import prune_learned, scores_of
+from lowtide.learn.restore import Metric, output_metrics
 from lowtide.learn.train_importance import Task, TrainOptions, run_block, train
 
 BASELINES = ("wanda", "sparsegpt")
+RULES = (*BASELINES, *(f"{n}{u}" for n in ("start", "others", "own") for u in ("", "+refit", "+gradual")))
 EVALUATION_SEED = 20_000
 Sums = dict[str, torch.Tensor]
 COLUMNS = ("model", "rule", "sparsity", "KL", "spread", "perplexity", "vs SparseGPT", "vs Wanda")
@@ -61,7 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--steps", type=int, default=120, help="of training, end to end; half as many block by block")
-    parser.add_argument("--rules", default="wanda,sparsegpt,start,start+updates,others,others+updates,own,own+updates")
+    parser.add_argument("--rules", default=",".join(RULES))
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks/importance"))
     parser.add_argument("--label", default="importance", help="name of the results file")
     parser.add_argument("--quick", action="store_true", help="few short windows, few steps, one seed: a trial run")
@@ -198,16 +199,12 @@ def _plain(sums: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], toke
 
 @torch.no_grad()
 def learned(
-    subject: Subject, network: ImportanceNetwork, sparsity: float, seed: int, updates: bool
+    subject: Subject, network: ImportanceNetwork, sparsity: float, seed: int, updates: str
 ) -> dict[str, torch.Tensor]:
     """One threshold over the network's importances of all layers, with or without updates."""
-    problems: list[LayerProblem] = [p for block in subject.store(seed) for p in block]
-    scores = {p.name: score_with(network, p) for p in problems}
-    theta = threshold(list(scores.values()), sparsity, exact=True)
-    masks = {name: s > theta for name, s in scores.items()}
-    if updates:
-        return restore(subject.model, subject.ids(seed), masks, subject.metric(seed))
-    return {p.name: p.weight * masks[p.name] for p in problems}
+    scores = scores_of(network, subject.store(seed))
+    metrics = subject.metric(seed) if updates != "none" else None
+    return prune_learned(subject.model, subject.ids(seed), scores, sparsity, updates, metrics)
 
 
 def network_for(subject: Subject, others: list[Subject], kind: str, options: argparse.Namespace) -> ImportanceNetwork:
@@ -246,7 +243,7 @@ def rows(subjects: list[Subject], options: argparse.Namespace) -> Iterator[dict[
                     else:
                         kind, _, updates = rule.partition("+")
                         network = network_for(subject, others, kind, options)
-                        weights = learned(subject, network, sparsity, seed, bool(updates))
+                        weights = learned(subject, network, sparsity, seed, updates or "none")
                     kl, ppl = subject.measure(weights)
                     row = {"model": subject.name, "rule": rule, "sparsity": sparsity, "structure": "unstructured"}
                     row |= {"kl": kl, "ppl": ppl, "seed": seed}
