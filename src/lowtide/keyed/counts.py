@@ -143,13 +143,12 @@ def _adjusted(counts: Counts) -> list[I64]:
     """Counts of the highest order and of n-grams that begin with <s>; of others, how many different words precede."""
     result = []
     for k, grams in enumerate(counts.orders):
-        if k + 1 == len(counts.orders):
-            result.append(grams.count)
-            continue
-        left = np.bincount(counts.orders[k + 1].suffix, minlength=len(grams.word))
-        a = np.where(grams.begins, grams.count, left)
+        a = grams.count
+        if k + 1 < len(counts.orders):
+            left = np.bincount(counts.orders[k + 1].suffix, minlength=len(grams.word))
+            a = np.where(grams.begins, grams.count, left)
         if k == 0:
-            a[grams.word == 0] = 0  # <s> is never predicted
+            a = np.where(grams.word == 0, 0, a)  # <s> is never predicted
         result.append(a.astype(np.int64))
     return result
 
