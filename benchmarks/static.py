@@ -32,6 +32,7 @@ import quality
 import torch
 from rounding import RoundedSource
 
+from lowtide.arch import group_specs
 from lowtide.compress import compress, compress_curve
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.held_out import coded_logits
@@ -181,7 +182,7 @@ def peer_rows(files: Files) -> Iterator[dict[str, Any]]:
         kl, ppl = subject.compare(
             model.logits(torch.from_numpy(w.astype(np.int64))[None])[0].numpy() for w in subject.ids
         )
-        weights = sum(spec.weights for spec in quality.group_specs(subject.source.config))
+        weights = sum(spec.weights for spec in group_specs(subject.source.config))
         size = round(rounded.bits_per_weight()[1] * weights / 8)
         yield {
             "model": files.label,
