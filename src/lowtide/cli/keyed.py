@@ -18,7 +18,6 @@ app = typer.Typer(
     help="Maps from text features to weights, and n-gram models, in a few bits for each.",
     epilog="lowtide keyed COMMAND --help tells more, with examples.",
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
 
 File: TypeAlias = Annotated[Path, typer.Argument(help="File made by `lowtide keyed build` or `ngram`.")]
