@@ -69,7 +69,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(argv)
     if options.quick:
-        options.seeds, options.sparsities, options.steps = 1, "0.5", 10
+        options.seeds, options.sparsities, options.steps = 1, "0.5", min(options.steps, 10)
         options.calibration_windows, options.windows = 8, 2
         options.window = min(options.window, 128)
     options.levels = [float(s) for s in options.sparsities.split(",")]
