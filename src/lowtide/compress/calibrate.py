@@ -34,7 +34,7 @@ class GroupStats:
     mean, second: f64 [in], E[x] and E[x^2]; fisher: f64 [out], mean squared gradient of the summed loss (nats^2);
     sample: f32 [n, in], the inputs of every fourth token; gate: f32 [n, in], |silu(gate)| of the same tokens
     (group `down` only); hessian: f32 [in, in], E[x x'], if asked for; weighted: f32 [in, in], E[s x x'], every token
-    weighed by s, its share of the squared gradient at the group's outputs (mean 1).
+    weighed by s, its share of the squared gradient at the group's outputs (mean 1); tokens: i64 [], how many these are.
     """
 
     mean: torch.Tensor
@@ -44,6 +44,7 @@ class GroupStats:
     gate: torch.Tensor | None = None
     hessian: torch.Tensor | None = None
     weighted: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
     def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """For a file; the inverse is `GroupStats(**{name: torch.from_numpy(a) for ...})`."""
@@ -98,6 +99,7 @@ class _Sums:
             _tensor(self.x) / n, _tensor(self.x2) / n, _tensor(self.g2) / n, torch.cat(self.sample), gate
         )
         if self.hessians:
+            result.tokens = torch.tensor(n)
             result.hessian = _tensor(self.xx) / n
             if self.weighted:
                 result.weighted = _tensor(self.sxx) / max(self.say, 1e-30)

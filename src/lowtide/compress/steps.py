@@ -28,6 +28,11 @@ BLOCK = 64
 """Columns whose errors are moved one by one; those beyond get them in one product."""
 DAMP = 0.01
 """Added to H's diagonal, as a part of its mean: calibration text is short."""
+SHRINK, MAX_SHRINK = 0.2, 0.5
+"""Part of H's other elements that is taken for chance, times channels over tokens. With fewer tokens than channels H is
+singular and feedback would trust directions that only the calibration text lacks: SmolLM2's down_proj from 1,024 tokens
+has KL 0.298 at 2.62 bits without, and 0.063 at 3.14 with a shrinkage of 0.1 and 0.032 at 3.49 with one of 0.3, where the
+bits alone would give 0.145 and 0.089."""
 FISHER_FLOOR = 1e-3
 """Added to a row's sensitivity, as a part of the mean."""
 RATE = 0.0577
@@ -136,12 +141,16 @@ def feedback_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _centred(stats: GroupStats, mean: torch.Tensor) -> torch.Tensor:
-    """E[(x - m)(x - m)'] for the rounded mean m that is taken out of the inputs."""
+    """E[(x - m)(x - m)'] for the rounded mean m that is taken out of the inputs, shrunk towards its diagonal (Ledoit
+    and Wolf 2004, with a fixed intensity for each ratio of channels to tokens)."""
     assert stats.hessian is not None
     h, mu, m = stats.hessian.double(), stats.mean.double(), mean.double()
     h = h - torch.outer(mu, m)
     h -= torch.outer(m, mu)
     h += torch.outer(m, m)
+    if stats.tokens is not None:
+        shrink = min(MAX_SHRINK, SHRINK * len(mu) / int(stats.tokens))
+        h = torch.lerp(h, torch.diag(h.diagonal()), shrink)
     return h.float() if h.shape[0] > DOUBLE_LIMIT else h
 
 
