@@ -12,12 +12,14 @@ I64 = NDArray[np.int64]
 
 MAX_TABLE = 1 << 12
 _ROUNDS = 60
+_BINS = 1 << 12
 
 
 def lloyd_table(values: F32, size: int, weights: NDArray[np.floating] | None = None) -> tuple[F32, I64]:
     """The table f32 [K, 1], K at most `size`, of least squared error (Lloyd and Max), and indices i64 [n].
 
-    Rounds start from quantiles and end when no cell's boundary moves. Values that fit the table stay as they are.
+    Rounds start from cells whose number goes with the cube root of the density, which is best for many cells (Panter
+    and Dite 1951), and end when no cell's boundary moves. Values that fit the table stay as they are.
     weights: above 0, [n], of each value's squared error; 1 by default.
     """
     if not 1 <= size <= MAX_TABLE:
@@ -30,7 +32,9 @@ def lloyd_table(values: F32, size: int, weights: NDArray[np.floating] | None = N
     weight = np.ones(len(ordered)) if weights is None else np.asarray(weights, np.float64)[order]
     mass = np.concatenate([[0.0], np.cumsum(weight)])
     sums = np.concatenate([[0.0], np.cumsum(weight * ordered)])
-    inner = np.searchsorted(mass, np.linspace(0, mass[-1], size + 1)[1:-1])
+    density, edges = np.histogram(ordered, _BINS, weights=weight)
+    share = np.concatenate([[0.0], np.cumsum(np.cbrt(density))])
+    inner = np.searchsorted(ordered, np.interp(np.linspace(0, share[-1], size + 1)[1:-1], share, edges))
     cuts = np.unique(np.concatenate([[0], inner, [len(ordered)]]))
     for _ in range(_ROUNDS):
         centres = np.unique((sums[cuts[1:]] - sums[cuts[:-1]]) / (mass[cuts[1:]] - mass[cuts[:-1]]))

@@ -1,8 +1,8 @@
 """A linear text classifier of scikit-learn in a keyed file: predictions from texts, without its vocabulary.
 
 Stored are the weights that matter (idf folded into them), each under its feature and class. A document's norm needs the
-idf of all its features: those are kept to a few values in a second store whose fingerprints the law of magnitudes makes
-empty, since a stranger's idf does next to no harm. Predicting needs numpy alone, not scikit-learn.
+idf of all its features: those are kept to a few values in a second store, with short fingerprints, since a word that
+was not in the vocabulary must not count, but one that does is no great harm. Predicting needs numpy alone.
 """
 
 from __future__ import annotations
@@ -38,19 +38,22 @@ class ClassifierOptions:
 
     keep: share of the weights that is kept, those with the largest squares times document frequency; table_size:
     different weights; idf_values: different idfs; code: fingerprint lengths, its `error` being the mean squared weight
-    of a stranger over that of a stored feature.
+    of a stranger over that of a stored feature; idf_error: the same of the idfs, above 0.
     """
 
-    keep: float = 0.1
-    table_size: int = 16
+    keep: float = 0.2
+    table_size: int = 24
     idf_values: int = 4
     code: CodeOptions = field(default_factory=lambda: CodeOptions(error=0.01))
+    idf_error: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise LowtideError(f"keep {self.keep}: must be above 0 and at most 1")
         if not 1 <= self.idf_values <= 256:
             raise LowtideError(f"idf values {self.idf_values}: must be 1 to 256")
+        if not 0 < self.idf_error < np.inf:
+            raise LowtideError(f"idf error {self.idf_error}: must be above 0")
 
 
 class KeyedClassifier:
@@ -200,7 +203,9 @@ def _weight_store(features: list[str], coef: F64, frequency: F64, options: Class
 
 def _idf_store(features: list[str], idf: F64, options: ClassifierOptions) -> Store:
     table, symbols = lloyd_table(idf.astype(np.float32), options.idf_values, np.exp(1 - idf))
-    return text_store([utf8(f) for f in features], symbols, table, CodeOptions(bits=0, seed=options.code.seed))
+    return text_store(
+        [utf8(f) for f in features], symbols, table, CodeOptions(error=options.idf_error, seed=options.code.seed)
+    )
 
 
 def open_classifier(path: str | Path) -> KeyedClassifier:
