@@ -324,7 +324,8 @@ def main() -> int:
             for task, texts in tasks:
                 classes.append(classifier_row(task, seed, texts))
                 common.note(f"{task}, seed {seed}: {classes[-1]['times_smaller']:.1f} times smaller")
-    result = common.report({"ngrams": ngrams, "classifiers": classes})
+    model = "n-gram models and linear text classifiers"
+    result = common.report({"model": model, "ngrams": ngrams, "classifiers": classes})
     text = table(ngrams, classes)
     common.save("keyed-quick" if args.quick else "keyed", result, text)
     print(json.dumps(result, indent=2) if args.json else text)
