@@ -45,8 +45,7 @@ class TrainOptions:
         steps: end to end; warm_steps: block by block, before.
         sparsity: lowest and highest that a step may draw.
         rate, residual_rate, vector_rate: of Adam, for powers and offsets, for the residual networks and for one
-            model's row and column vectors. The residual's is low: trained as fast as the rest on one small model it
-            raised another's KL by half, while powers and offsets alone lowered it.
+            model's row and column vectors. The residual's is low, as it transfers least.
         tau: temperature of the masks, nats.
         relaxation: `straight-through` or `hard-concrete`.
         windows: of a step; own: train row and column vectors, too (the result serves this model only).
