@@ -58,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "importance, global": {"rule": "importance", "allocation": "global"},
     "importance, sequential": {"rule": "importance", "sequential": "group"},
     "importance, global, sequential": {"rule": "importance", "allocation": "global", "sequential": "group"},
+    "importance, gradual": {"rule": "importance", "gradual": True},
 }
 QUICK = ("magnitude", "wanda", "sparsegpt", "sparsegpt, sequential", "importance", "importance, global, sequential")
 COLUMNS = ("rule", "structure", "sparsity", "KL", "spread", "perplexity", "seeds", "seconds")
@@ -77,6 +78,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
     parser.add_argument("--sparsities", default=",".join(UNSTRUCTURED), help="unstructured")
     parser.add_argument("--structures", default=",".join(STRUCTURES), help="N:M or STRUCTURE:SPARSITY; empty for none")
+    parser.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a network by `lowtide learn importance`: adds the method `importance NAME, gradual`; repeat for several",
+    )
     parser.add_argument("--work", type=Path, default=Path("build/pruning"), help="where made files are kept")
     parser.add_argument("--label", help="name of the results file; the model's by default")
     parser.add_argument("--quick", action="store_true", help="one seed, 8 windows, few methods: a trial run")
@@ -88,6 +96,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             options.methods = ";".join(QUICK)
         if options.structures == parser.get_default("structures"):
             options.structures = "2:4"
+    for name, file in (text.split("=", 1) for text in options.network):
+        METHODS[f"importance {name}, gradual"] = {"rule": "importance", "gradual": True, "network": file}
+        options.methods += f";importance {name}, gradual"
     unknown = [m for m in options.methods.split(";") if m not in METHODS]
     if unknown:
         parser.error(f"--methods: no {unknown[0]!r}; known are {'; '.join(METHODS)}")

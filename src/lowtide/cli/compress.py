@@ -32,6 +32,7 @@ def compress(
         str | None,
         typer.Option(help="Sparsity of each layer: uniform, global or searched. [default: global if it may]"),
     ] = None,
+    gradual: Annotated[bool, typer.Option("--gradual", help="Prune in steps: best and slowest.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
     bits_max: Annotated[
         int | None, typer.Option(help="Bits per weight stored at most: 2, 4, 6 or 8. [default: 6; 8 if made small]")
@@ -73,6 +74,7 @@ def compress(
             structure=structure,
             allocation=allocation or ("global" if structure == "unstructured" else "uniform"),
             sequential="group",
+            gradual=gradual,
             strict=strict,
             seed=seed,
         )

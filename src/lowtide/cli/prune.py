@@ -39,6 +39,12 @@ def prune(
     sequential: Annotated[
         str, typer.Option(help="Whose inputs layers see: no (the dense model's), block or group (of the pruned one).")
     ] = "no",
+    gradual: Annotated[
+        bool, typer.Option("--gradual/--no-gradual", help="Remove in steps with updates between: best and slowest.")
+    ] = False,
+    network: Annotated[
+        str | None, typer.Option(help="Importance network that --gradual goes by.", metavar="FILE")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
     dtype: Annotated[str | None, typer.Option(help="f16 or f32. [default: f32 if the model is, else f16]")] = None,
     seed: Annotated[int, typer.Option(help="Of sampled text, random masks and the search.")] = 0,
@@ -55,6 +61,7 @@ def prune(
       lowtide prune demo:smollm2 smollm2-half --sparsity 0.5
       lowtide prune ./Qwen2.5-1.5B qwen-24 --rule sparsegpt --structure 2:4 --calibration wiki.txt
       lowtide prune demo:smollm2 smollm2-auto --sparsity auto --allocation global --sequential group
+      lowtide prune demo:smollm2 smollm2-best --sparsity 0.6 --gradual
     """
     import sys
 
@@ -74,6 +81,8 @@ def prune(
         updates=updates,
         dsnot=dsnot,
         sequential=sequential,
+        gradual=gradual,
+        network=network,
         strict=strict,
         seed=seed,
     )

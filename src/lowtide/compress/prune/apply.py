@@ -17,7 +17,7 @@ from lowtide.arch import GROUPS, group_specs
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.prune import allocation as alloc
 from lowtide.compress.prune import dsnot as dsnot_rule
-from lowtide.compress.prune import get_pruner, importance, sparsegpt, updates
+from lowtide.compress.prune import get_pruner, importance, learned, sparsegpt, updates
 from lowtide.compress.prune.base import LayerProblem, Pruned
 from lowtide.compress.prune.masks import check_fits, check_sparsity, parse_structure
 from lowtide.compress.prune.problems import ProblemStore, Progress, silent
@@ -44,6 +44,9 @@ class PruneOptions:
         dsnot: refine the rule's mask by DSnoT.
         sequential: `no`: all layers see the dense model's inputs; `block`: those that the pruned blocks before give, as
             SparseGPT's authors do it; `group`: those that all layers pruned before give.
+        gradual: rule `importance`, unstructured: weights go in steps with updates in between, and one threshold shares
+            the sparsity out among layers; the best there is and the slowest (see `learned`).
+        network: file of the importance network that `gradual` goes by, or `start`, its default.
         strict: refuse, instead of warn about, a layer that loses every weight.
         seed: of random masks and of the search.
         generations, children: size of the search.
@@ -56,6 +59,8 @@ class PruneOptions:
     updates: bool | None = None
     dsnot: bool = False
     sequential: str = "no"
+    gradual: bool = False
+    network: str | None = None
     strict: bool = False
     seed: int = 0
     generations: int = 30
@@ -72,6 +77,10 @@ class PruneOptions:
             raise LowtideError(f"--sequential {self.sequential}: known are {', '.join(SEQUENTIAL)}")
         if parsed.fixed_sparsity is not None and self.allocation != "uniform":
             raise LowtideError(f"--allocation {self.allocation}: {self.structure} gives every layer the same sparsity")
+        if self.gradual and (self.rule, parsed.kind) != ("importance", "unstructured"):
+            raise LowtideError("--gradual: is of the rule importance, unstructured; choose these or give --no-gradual")
+        if self.network is not None and not self.gradual:
+            raise LowtideError("--network: needs --gradual")
         if self.dsnot and parsed.kind not in ("unstructured", "n:m"):
             raise LowtideError(f"--structure {self.structure}: dsnot swaps single weights; give unstructured or N:M")
 
@@ -129,8 +138,7 @@ def prune_model(
         sizes = layer_sizes(source, options.structure)
         kept = store or ProblemStore(folder / "problems", model, ids, options.seed, progress)
         job = _Job(model, ids, options, kept, sizes, folder, progress)
-        sparsities = job.sparsities()
-        weights = job.prune(sparsities)
+        weights = job.gradual() if options.gradual else job.prune(job.sparsities())
     overlay = OverlaySource(source, weights, f"{source.name}, pruned by {options.rule}")
     total = sum(out * inn for out, inn in sizes.values())
     zeros = sum(int((w == 0).sum()) for w in weights.values())
@@ -212,6 +220,22 @@ class _Job:
             state=self.folder / "search.json",
         )
         return search.run(self.progress)[0]
+
+    def gradual(self) -> dict[str, torch.Tensor]:
+        """Tensor name -> weights pruned step by step, f32 [out, in]."""
+        options = self.options
+        self.found = options.sparsity if options.sparsity is not None else self._knee()
+        weights = learned.gradual_weights(
+            self.store, self.ids, options.network, self.found, options.seed, self.progress
+        )
+        for index in range(len(self.store)):
+            for problem in self.store.block(index):
+                weight = weights[problem.name]
+                self._account(problem, Pruned(weight != 0, weight))
+        return {f"{name}.weight": weight for name, weight in weights.items()}
+
+    def _knee(self) -> float:
+        return alloc.histogram(self._problems("allocate"), importance.saliency).knee()
 
     def prune(self, sparsities: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Tensor name -> pruned weights, f32 [out, in]."""
