@@ -81,7 +81,8 @@ def next_step(target: Target, trials: list[Trial], weights: int) -> float:
         return _secant([(math.log2(t.step), t.size) for t in trials], MARGIN * target.size, -weights / 8)
     assert target.kl is not None
     points = [(math.log2(t.step), math.log2(max(t.kl, 1e-9))) for t in trials]
-    step = _secant(points, math.log2(target.kl * (1 - KL_SLACK / 2)), 2.0)
+    # KL is noisy where it is small: each walk that missed makes the next one more careful
+    step = _secant(points, math.log2(target.kl * (1 - KL_SLACK / 2 * len(trials))), 2.0)
     return min(step, last.step * 16)
 
 
