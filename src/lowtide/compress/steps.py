@@ -127,15 +127,17 @@ def feedback_factor(hessian: torch.Tensor) -> torch.Tensor:
     H = M M' with M upper triangular is the usual factorisation with rows and columns turned about; U = M^-1.
     """
     wide = hessian.shape[0] > DOUBLE_LIMIT
-    h = hessian.clone() if wide else hessian.double()
-    h.diagonal().add_(DAMP * h.diagonal().mean() + 1e-30)
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    h = hessian.flip(0, 1) if wide else hessian.double().flip(0, 1)  # a copy either way
+    mean = float(h.diagonal().mean())
+    h.diagonal().add_(DAMP * mean + 1e-30)
+    lower, failed = torch.linalg.cholesky_ex(h)
     if int(failed):
-        h = hessian.double()
-        h.diagonal().add_(10 * DAMP * h.diagonal().mean() + 1e-30)
-        lower = torch.linalg.cholesky(h.flip(0, 1))
+        h = hessian.double().flip(0, 1)
+        h.diagonal().add_(10 * DAMP * mean + 1e-30)
+        lower = torch.linalg.cholesky(h)
     del h
     upper = lower.flip(0, 1)
+    del lower
     eye = torch.eye(upper.shape[0], dtype=upper.dtype)
     return torch.linalg.solve_triangular(upper, eye, upper=True).float()
 
@@ -144,14 +146,15 @@ def _centred(stats: GroupStats, mean: torch.Tensor) -> torch.Tensor:
     """E[(x - m)(x - m)'] for the rounded mean m that is taken out of the inputs, shrunk towards its diagonal (Ledoit
     and Wolf 2004, with a fixed intensity for each ratio of channels to tokens)."""
     assert stats.hessian is not None
-    h, mu, m = stats.hessian.double(), stats.mean.double(), mean.double()
-    h = h - torch.outer(mu, m)
-    h -= torch.outer(m, mu)
-    h += torch.outer(m, m)
+    wide = len(mean) > DOUBLE_LIMIT  # copies of such a matrix are what memory goes to
+    h = stats.hessian.clone() if wide else stats.hessian.double()
+    mu, m = stats.mean.to(h.dtype), mean.to(h.dtype)
+    h.addr_(mu, m, alpha=-1).addr_(m, mu, alpha=-1).addr_(m, m)
     if stats.tokens is not None:
         shrink = min(MAX_SHRINK, SHRINK * len(mu) / int(stats.tokens))
-        h = torch.lerp(h, torch.diag(h.diagonal()), shrink)
-    return h.float() if h.shape[0] > DOUBLE_LIMIT else h
+        diagonal = h.diagonal().clone()
+        h.mul_(1 - shrink).diagonal().copy_(diagonal)
+    return h
 
 
 def _without(hessian: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
