@@ -1,5 +1,6 @@
 """Every command, run as users run it, on a tiny model from compress to chat."""
 
+import functools
 import json
 import os
 import signal
@@ -183,7 +184,10 @@ def wait_until_idle(pid):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_is_no_traceback(compressed, number, code):
     command = [sys.executable, "-m", "lowtide.cli", "chat", str(compressed)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # a test run in the background of a script inherits an interrupt that is ignored
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, preexec_fn=listen) as process:
         wait_until_idle(process.pid)
         os.kill(process.pid, number)
         assert process.wait(60) == code
