@@ -65,12 +65,12 @@ def compress(
 
     prune = None
     if sparsity is not None:
+        from lowtide.cli.prune import parse_sparsity
         from lowtide.compress.prune.apply import PruneOptions
 
-        share = None if sparsity == "auto" else parse_share(sparsity)
         prune = PruneOptions(
             rule=prune_rule,
-            sparsity=share,
+            sparsity=parse_sparsity(sparsity),
             structure=structure,
             allocation=allocation or ("global" if structure == "unstructured" else "uniform"),
             sequential="group",
@@ -108,17 +108,3 @@ def compress(
         f"{out}: {figures['weights'] / 1e6:.1f} M weights in {figures['file_bytes'] / 1e6:.1f} MB, "
         f"{figures['file_bits_per_weight']:.2f} bits per weight, {figures['seconds']:.0f} s"
     )
-
-
-def parse_share(text: str) -> float:
-    """The number of `--sparsity`.
-
-    Raises:
-        LowtideError: it is none.
-    """
-    from lowtide.errors import LowtideError
-
-    try:
-        return float(text)
-    except ValueError:
-        raise LowtideError(f'--sparsity {text}: must be a number from 0 to below 1, or "auto"') from None

@@ -67,7 +67,7 @@ def unpack(data: memoryview, manifest: Manifest, slices: int, target: Path, wher
         manifest: of the artifact.
         slices: how many to decode, 1 to S. Weights keep S slices; those not decoded are zero bytes.
     """
-    from lowtide.kernels import entropy  # not needed where the image is there already
+    from lowtide.kernels import entropy, native  # not needed where the image is there already
 
     start, spans = layout.parse_header(data, where, whole=slices == manifest.slices)
     coded.check_spans(manifest.config, manifest.slices, spans, where)
@@ -84,7 +84,7 @@ def unpack(data: memoryview, manifest: Manifest, slices: int, target: Path, wher
     )
     places = coded.image_layout(expected)
     header = layout.encode_header(places)
-    threads = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    threads = min(16, native.default_threads())
     with target.open("w+b") as file:
         file.truncate(len(header) + max((span.stop for span in places.values()), default=0))
         room = mmap.mmap(file.fileno(), 0)  # closed with the last view of it
