@@ -20,7 +20,7 @@ from support.tiny import ODD, make_artifact
 
 from lowtide.arch import ModelConfig
 from lowtide.format import codec
-from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS
+from lowtide.format.groups import GROUP_FIELDS, IPN_FIELDS, LINEAR_FIELDS
 from lowtide.format.manifest import Manifest
 from lowtide.format.reader import open_artifact
 
@@ -64,7 +64,7 @@ def test_outliers_example() -> None:
 
 def test_tables_are_complete() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) ", DOC, re.M))
-    for field, dtype in (GROUP_FIELDS | LINEAR_FIELDS).items():
+    for field, dtype in (GROUP_FIELDS | IPN_FIELDS | LINEAR_FIELDS).items():
         assert rows[field] == dtype, field
     first_columns = set(re.findall(r"^\| `(\w+)` \|", DOC, re.M))
     assert {f.name for f in dataclasses.fields(Manifest)} <= first_columns

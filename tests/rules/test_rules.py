@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lowtide.errors import LowtideError
-from lowtide.rules import ALWAYS, RULES, GroupStats, get_rule, parse_policy
+from lowtide.rules import ALWAYS, RULES, GroupStats, IpnStats, get_rule, parse_policy
 
 IN, S = 37, 3
 
@@ -18,7 +18,8 @@ def case():
     importance = np.where(exact, 0, rng.uniform(0.2, 2, IN)).astype(np.float32)
     x = rng.normal(0, 1, (200, IN)).astype(np.float32)
     gate = np.abs(rng.normal(0, 1, (200, IN))).astype(np.float32)
-    return GroupStats(mean, importance, S, exact), x, gate
+    learned = np.where(exact, 0, rng.uniform(0.2, 2, IN)).astype(np.float32)
+    return GroupStats(mean, importance, S, exact, IpnStats(learned)), x, gate
 
 
 def gate_for(rule, gate):
@@ -26,7 +27,7 @@ def gate_for(rule, gate):
 
 
 def test_known_rules():
-    assert set(RULES) == {"channel-norm", "channel-abs", "gate", "topk", "statistical-topk", "dense"}
+    assert set(RULES) == {"channel-norm", "channel-abs", "gate", "topk", "statistical-topk", "dense", "ipn"}
     for name, rule in RULES.items():
         assert rule.name == name
         assert rule.summary and rule.source
@@ -35,7 +36,8 @@ def test_known_rules():
 
 
 def test_unknown_rule_names_the_known_ones():
-    with pytest.raises(LowtideError, match=r"'magic'.*channel-abs, channel-norm, dense, gate, statistical-topk, topk"):
+    known = "channel-abs, channel-norm, dense, gate, ipn, statistical-topk, topk"
+    with pytest.raises(LowtideError, match=rf"'magic'.*{known}"):
         get_rule("magic")
     with pytest.raises(LowtideError, match="unknown mask rule"):
         parse_policy("magic:0,4", S)
@@ -122,7 +124,7 @@ def test_torch_and_numpy_agree(case, name, leading):
     params = rule.calibrate(stats, x, np.array([0.73, 0.4, 0.07]), gate_for(rule, gate)) * np.float32(1.0001)
     n = int(np.prod(leading))
     x, gate = x[:n].reshape(*leading, IN), gate[:n].reshape(*leading, IN)
-    there = GroupStats(*(torch.from_numpy(a) for a in (stats.mean, stats.importance)), S, torch.from_numpy(stats.exact))
+    there = stats.map(torch.from_numpy)
     got = rule.levels(
         there,
         torch.from_numpy(x),

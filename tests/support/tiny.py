@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from lowtide.arch import GroupSpec, ModelConfig, group_specs, norm_specs
 from lowtide.format import codec
-from lowtide.format.groups import GroupTensors, LinearTensors
+from lowtide.format.groups import GroupTensors, IpnTensors, LinearTensors, ipn_shapes
+from lowtide.format.manifest import IpnInfo, has_ipn
 from lowtide.format.writer import ArtifactWriter
 
 F32 = NDArray[np.float32]
@@ -32,6 +33,7 @@ class Tiny:
         outliers: share of weights kept as outliers.
         force: passed to ArtifactWriter.
         zero, coding: fields of the manifest.
+        features: of the IPN, which is there if one of the policies is the rule `ipn`.
     """
 
     hidden: int = 48
@@ -54,6 +56,13 @@ class Tiny:
     force: bool = False
     zero: bool = False
     coding: str = "packed"
+    features: int = 16
+
+    @property
+    def ipn(self) -> IpnInfo | None:
+        """What the manifest says about the IPN."""
+        low, high = self.budgets[0], self.budgets[-1]
+        return {"features": self.features, "low": low, "high": high} if has_ipn(list(self.policies)) else None
 
     def config(self) -> ModelConfig:
         return ModelConfig(
@@ -111,6 +120,7 @@ def make_artifact(path: str | Path, base: Tiny = DEFAULT, **options: Any) -> Pat
             stats={"source": "tiny", "seed": tiny.seed},
             zero=tiny.zero,
             coding=tiny.coding,
+            ipn=tiny.ipn,
         )
     return Path(path)
 
@@ -160,7 +170,28 @@ def make_group(spec: GroupSpec, tiny: Tiny, rng: np.random.Generator) -> GroupTe
         exact_channels=exact,
         thresholds=_thresholds(spec, tiny),
         linears=linears,
+        ipn=make_ipn(spec, tiny, exact) if tiny.ipn else None,
     )
+
+
+def make_ipn(spec: GroupSpec, tiny: Tiny, exact: NDArray[np.int32]) -> IpnTensors | None:
+    """A random IPN whose offsets spread over a few units of log2, some of them clipped. From a generator of its own, so
+    that everything else in the artifact is the same without it."""
+    shapes = ipn_shapes(spec.name, spec.in_features, tiny.features, len(tiny.budgets))
+    if not shapes:
+        return None
+    rng = np.random.default_rng([tiny.seed, *spec.name.encode()])
+    importance = np.abs(rng.normal(1, 0.5, spec.in_features))
+    importance[exact] = 0
+    made = IpnTensors(importance=importance.astype(np.float16))
+    if "ipn_mix" in shapes:
+        made.mix = rng.normal(0, 2 / tiny.features**0.5, shapes["ipn_mix"]).astype(np.float32)
+        made.gain = np.linspace(0.5, 1.0, len(tiny.budgets), dtype=np.float32)
+    if "ipn_probe" in shapes:
+        made.probe = rng.integers(-127, 128, shapes["ipn_probe"]).astype(np.int8)
+        made.scale = (rng.uniform(0.5, 2, tiny.features) / 73 / spec.in_features**0.5).astype(np.float32)
+        made.bias = rng.normal(0, 0.5, tiny.features).astype(np.float32)
+    return made
 
 
 def _linear(

@@ -22,9 +22,9 @@ from lowtide.arch import LinearSpec, ModelConfig, group_specs
 from lowtide.errors import LowtideError
 from lowtide.format import layout
 from lowtide.format.entropy import Tables
+from lowtide.format.manifest import Shapes
 
 SIDE, CLASSES, TABLES = "lowtide.side", "lowtide.classes", "lowtide.tables"
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def linears(config: ModelConfig) -> list[LinearSpec]:

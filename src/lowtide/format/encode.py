@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.arch import ModelConfig
-from lowtide.format import codec, coded
+from lowtide.format import codec, coded, layout
 from lowtide.format.entropy import CONTEXTS, Tables, classes, empirical_bits
 from lowtide.format.spool import Spool
 from lowtide.kernels import entropy  # the native coder; it needs nothing of this floor but the codec
@@ -81,3 +82,33 @@ def encode_spool(
     weights = sum(layer.weights for layer in layers)
     short = {name: {k: round(v, 5) for k, v in values.items()} for name, values in figures.items()}
     return result, {"weights": weights, "entropy_bits": entropy_bits, "coded_bits": bits, "layers": short}
+
+
+def keep_streams(packed: Spool, target: Path, config: ModelConfig, slices: int, source: Path) -> Spool:
+    """The coded tensors of a file whose digits are the same, with other side data: nothing is coded again.
+
+    Args:
+        packed: all tensors as the engine reads them; of these only the side data are used.
+        target: file for the new spool.
+        slices: S.
+        source: the coded `model.safetensors`, whole.
+
+    Raises:
+        LowtideError: the source is not the coded file of such a model.
+    """
+    with source.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    start, spans = layout.parse_header(data, str(source))
+    coded.check_spans(config, slices, spans, str(source))
+    shapes = coded.side_shapes(config, packed.tensors)
+    side = coded.pack_side(shapes, {name: packed.read(name) for name in shapes})
+    result = Spool(target)
+    try:
+        result.add(coded.SIDE, np.frombuffer(side, np.uint8))
+        for name, span in spans.items():
+            if name != coded.SIDE:
+                result.add(name, np.frombuffer(data[start + span.start : start + span.stop], np.uint8))
+    except BaseException:
+        result.close()
+        raise
+    return result

@@ -1,6 +1,7 @@
 """The tensors of a group of graded linear layers, in memory: what compress makes, the file holds and engines read.
 
-Legend: `in` input channels of the group, `out` rows of a layer, S slices, E exact channels, P policies, B budgets.
+Legend: `in` input channels of the group, `out` rows of a layer, S slices, E exact channels, P policies, B budgets, H
+features of the IPN (docs/architecture.md: Importance prediction).
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ GROUP_FIELDS: dict[str, str] = {
     "shrink": "F32",
     "exact_channels": "I32",
     "thresholds": "F32",
+}
+#: The same for what the rule `ipn` adds to a group; `ipn_shapes` says which group has which.
+IPN_FIELDS: dict[str, str] = {
+    "ipn_importance": "F16",
+    "ipn_mix": "F32",
+    "ipn_gain": "F32",
+    "ipn_probe": "I8",
+    "ipn_scale": "F32",
+    "ipn_bias": "F32",
 }
 LINEAR_FIELDS: dict[str, str] = {
     "weight": "U8",
@@ -76,6 +86,47 @@ class LinearTensors:
 
 
 @dataclass
+class IpnTensors:
+    """What the rule `ipn` (importance prediction network) stores for a group; None where a group has no such tensor.
+
+    Attributes:
+        importance: float16 [in], w_j >= 0; 0 for exact channels.
+        mix: float32 [H + 1], weights of the features and a constant; groups of the decoder only.
+        gain: float32 [B], how far each budget lets the waterline move; groups of the decoder only.
+        probe: int8 [H, in]; `qkv` and `gate_up` only, like scale and bias.
+        scale, bias: float32 [H].
+    """
+
+    importance: F16
+    mix: F32 | None = None
+    gain: F32 | None = None
+    probe: NDArray[np.int8] | None = None
+    scale: F32 | None = None
+    bias: F32 | None = None
+
+    def fields(self) -> dict[str, NDArray[Any]]:
+        """The tensors that are there, by their names in `IPN_FIELDS`."""
+        found = {field: getattr(self, field.removeprefix("ipn_")) for field in IPN_FIELDS}
+        return {field: tensor for field, tensor in found.items() if tensor is not None}
+
+    def side_bytes(self) -> int:
+        """Bytes read for every token: all of it, and the gain of one budget."""
+        return sum(4 if field == "ipn_gain" else int(tensor.nbytes) for field, tensor in self.fields().items())
+
+
+def ipn_shapes(group: str, inputs: int, features: int, budgets: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of exactly the IPN's tensors that a group has, by field; none for `embed`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if group != "embed":
+        shapes["ipn_importance"] = (inputs,)
+    if group not in ("embed", "head"):
+        shapes |= {"ipn_mix": (features + 1,), "ipn_gain": (budgets,)}
+    if group.rpartition(".")[2] in ("qkv", "gate_up"):
+        shapes |= {"ipn_probe": (features, inputs), "ipn_scale": (features,), "ipn_bias": (features,)}
+    return shapes
+
+
+@dataclass
 class GroupTensors:
     """The linear layers that share one input, and what they share.
 
@@ -91,6 +142,7 @@ class GroupTensors:
         thresholds: float32 [P, B, S], ascending along S; [0, 0, S] for `embed`, which stores none.
         linears: the member layers in the order of `arch.GROUPS`.
         zero: a digit of each slice means exactly zero (see `codec.centres`).
+        ipn: what the rule `ipn` needs, where the artifact has it.
     """
 
     name: str
@@ -104,6 +156,7 @@ class GroupTensors:
     thresholds: F32
     linears: list[LinearTensors]
     zero: bool = False
+    ipn: IpnTensors | None = None
 
     @property
     def centres(self) -> tuple[int, ...]:
@@ -116,6 +169,8 @@ class GroupTensors:
         for field in GROUP_FIELDS:
             if field != "thresholds" or self.name != "embed":
                 named[f"lowtide.{self.name}.{field}"] = getattr(self, field)
+        for field, tensor in self.ipn.fields().items() if self.ipn else ():
+            named[f"lowtide.{self.name}.{field}"] = tensor
         for linear in self.linears:
             for field in LINEAR_FIELDS:
                 named[f"{linear.name}.{field}"] = getattr(linear, field)
@@ -125,9 +180,14 @@ class GroupTensors:
         """Number of weights in the member layers."""
         return self.in_features * sum(linear.out_features for linear in self.linears)
 
-    def side_bytes(self) -> int:
-        """Bytes read for every token besides digits: all side tensors, and thresholds of one policy and one budget."""
+    def side_bytes(self, ipn: bool = False) -> int:
+        """Bytes read for every token besides digits: all side tensors, and thresholds of one policy and one budget.
+
+        ipn: under the rule `ipn`, which reads its own tensors instead of the importance. Other rules read none of them.
+        """
         own = sum(int(getattr(self, field).nbytes) for field in GROUP_FIELDS if field != "thresholds")
+        if ipn and self.ipn is not None:
+            own += self.ipn.side_bytes() - int(self.importance.nbytes)
         thresholds = 4 * self.slices if self.thresholds.size else 0
         return own + thresholds + sum(linear.side_bytes() for linear in self.linears)
 

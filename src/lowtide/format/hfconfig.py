@@ -12,10 +12,10 @@ from lowtide.format.strictjson import parse_object, short
 QUANT_METHOD = "lowtide"
 
 
-def encode_config(config: ModelConfig) -> bytes:
-    """Bytes of `config.json`."""
+def encode_config(config: ModelConfig, version: int = FORMAT_VERSION) -> bytes:
+    """Bytes of `config.json`; version: the manifest's format version."""
     body = config.to_hf()
-    body["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    body["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": version}
     return (json.dumps(body, indent=2, allow_nan=False) + "\n").encode()
 
 

@@ -19,6 +19,7 @@ from lowtide.format.strictjson import parse_object, short
 #: safetensors dtype -> numpy dtype, little-endian; the only ones an artifact uses.
 DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "I32": np.dtype("<i4"),

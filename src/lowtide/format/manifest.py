@@ -13,15 +13,16 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from lowtide.arch import GroupSpec, ModelConfig, group_specs, norm_specs
 from lowtide.errors import LowtideError
 from lowtide.format import codec
-from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS
+from lowtide.format.groups import GROUP_FIELDS, IPN_FIELDS, LINEAR_FIELDS, ipn_shapes
 from lowtide.format.strictjson import parse_object, short
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""The newest version that this code reads. Written is 3 with an IPN and 2 without, so that older readers go on."""
 MANIFEST_NAME = "lowtide.json"
 DIGEST_NAME = "lowtide.json.sha256"
 WEIGHTS_NAME = "model.safetensors"
@@ -29,8 +30,11 @@ CONFIG_NAME = "config.json"
 MAX_MANIFEST_BYTES = 1 << 28
 
 CODINGS = ("packed", "entropy")
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensors' names -> (dtype, shape)."""
 _SINCE_2 = ("zero", "coding", "image", "prefixes")
 """Fields that version 1 does not have; their defaults say what it was."""
+MAX_FEATURES = 64
 _COUNT_LIMIT = 1 << 53
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLICY = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*(:[0-9]+(,[0-9]+)*)?")
@@ -71,6 +75,24 @@ class GroupSummary:
     linears: dict[str, LinearSummary]
 
 
+class IpnInfo(TypedDict):
+    """Of an artifact's IPN: features H of a probe, and the range of bits_read_body that it was trained for."""
+
+    features: int
+    low: float
+    high: float
+
+
+def has_ipn(policies: list[str]) -> bool:
+    """Whether one of the policies is the rule `ipn`: then, and only then, its tensors are stored."""
+    return any(policy.partition(":")[0] == "ipn" for policy in policies)
+
+
+def version_for(policies: list[str]) -> int:
+    """The format version of an artifact with these policies."""
+    return 3 if has_ipn(policies) else 2
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything about an artifact but its tensors' values.
@@ -91,7 +113,8 @@ class Manifest:
         image: if coded, size and digest of the runtime image, the same tensors packed.
         prefixes: if coded, size and digest of the beginning of `model.safetensors` that holds the first 1, 2, .. S
             slices: enough of a partial download to read that many.
-        format_version: 1 or 2.
+        ipn: what there is to know about the IPN if the policies have the rule `ipn`, else None.
+        format_version: 1, 2, or, with an IPN, 3.
 
     Raises:
         LowtideError: on construction, if anything is out of range or does not fit the rest.
@@ -111,13 +134,15 @@ class Manifest:
     coding: str = "packed"
     image: FileEntry | None = None
     prefixes: list[FileEntry] = dataclasses.field(default_factory=list)
-    format_version: int = FORMAT_VERSION
+    ipn: IpnInfo | None = None
+    format_version: int = 2
 
     def __post_init__(self) -> None:
         _check_version(self.format_version)
         _count("slices", self.slices, 1, codec.MAX_SLICES)
         _check_budgets(self.budgets)
         _check_policies(self.policies)
+        _check_ipn(self.ipn, self.policies, self.format_version)
         _digest("model_id", self.model_id)
         if not isinstance(self.lowtide_version, str) or not 0 < len(self.lowtide_version) <= 64:
             raise _bad("lowtide_version", f"must be a short text, not {short(self.lowtide_version)}")
@@ -146,16 +171,14 @@ class Manifest:
         if sizes != sorted(sizes) or (sizes and sizes[-1] != self.files[WEIGHTS_NAME].bytes):
             raise _bad("prefixes", f"do not end with {WEIGHTS_NAME}")
 
-    def expected_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def expected_tensors(self) -> Shapes:
         """Name -> (dtype, shape) of exactly the tensors an artifact holds, as the engine reads them."""
-        expected: dict[str, tuple[str, tuple[int, ...]]] = {
-            name: ("F32", (length,)) for name, length in norm_specs(self.config)
-        }
+        expected: Shapes = {name: ("F32", (length,)) for name, length in norm_specs(self.config)}
         for spec in group_specs(self.config):
             expected |= self._expected_group(spec, self.groups[spec.name])
         return expected
 
-    def _expected_group(self, spec: GroupSpec, summary: GroupSummary) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _expected_group(self, spec: GroupSpec, summary: GroupSummary) -> Shapes:
         inputs, exact, slices = spec.in_features, summary.exact, self.slices
         shapes: dict[str, tuple[int, ...]] = {
             "mean": (inputs,),
@@ -167,7 +190,10 @@ class Manifest:
         }
         if not spec.has_thresholds:
             del shapes["thresholds"]
-        expected = {f"lowtide.{spec.name}.{field}": (GROUP_FIELDS[field], shape) for field, shape in shapes.items()}
+        if self.ipn is not None:
+            shapes |= ipn_shapes(spec.name, inputs, self.ipn["features"], len(self.budgets))
+        known = GROUP_FIELDS | IPN_FIELDS
+        expected = {f"lowtide.{spec.name}.{field}": (known[field], shape) for field, shape in shapes.items()}
         for linear in spec.linears:
             out, entries = linear.out_features, summary.linears[linear.name].entries
             shapes = {
@@ -187,6 +213,8 @@ class Manifest:
         """The file's bytes: UTF-8 JSON, one line for each field, tensor, file and group; `format_version` first."""
         body = {"format_version": self.format_version, "lowtide_version": self.lowtide_version}
         body |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in body}
+        if self.ipn is None:
+            del body["ipn"]
         return ("{\n" + ",\n".join(f"{_dump(key)}: {_lines(value)}" for key, value in body.items()) + "\n}\n").encode()
 
     @classmethod
@@ -209,6 +237,8 @@ class Manifest:
         # The version comes first: a newer format may have any other fields.
         _check_version(body.get("format_version"))
         fields = {f.name for f in dataclasses.fields(cls)}
+        if body["format_version"] < 3 or "ipn" not in body:
+            fields.remove("ipn")
         _keys("manifest", body, fields if body["format_version"] > 1 else fields.difference(_SINCE_2))
         body = dict(body)
         config = _keys("config", body["config"], {f.name for f in dataclasses.fields(ModelConfig)})
@@ -332,6 +362,20 @@ def _check_policies(policies: object) -> None:
         raise _bad("policies", "lists one twice")
 
 
+def _check_ipn(ipn: object, policies: list[str], version: int) -> None:
+    if (version == 3) != has_ipn(policies):
+        raise _bad("format_version", f"must be 3 if the rule ipn is one of the policies and less if not, not {version}")
+    if (ipn is not None) != has_ipn(policies):
+        raise _bad("ipn", "does not fit the policies: it is there if the rule ipn is one of them, and only then")
+    if ipn is None:
+        return
+    info = _keys("ipn", ipn, {"features", "low", "high"})
+    _count("ipn features", info["features"], 1, MAX_FEATURES)
+    low, high = info["low"], info["high"]
+    if any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in (low, high)) or not 0 < low < high <= 1024:
+        raise _bad("ipn", f"low and high must ascend within 0 to 1024 bits, not {short(low)} and {short(high)}")
+
+
 def _check_files(files: dict[str, FileEntry]) -> None:
     if len(files) > 256:
         raise _bad("files", "lists more than 256")
@@ -363,17 +407,27 @@ def _check_groups(groups: dict[str, GroupSummary], specs: list[GroupSpec]) -> No
             _count(f"{linear.name} outliers", counts.outliers, 0, min(counts.entries, linear.weights))
 
 
-def _check_tensors(tensors: dict[str, TensorEntry], expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    if tensors.keys() != expected.keys():
-        odd = sorted(tensors.keys() ^ expected.keys())[0]
-        raise _bad(f"tensor {short(odd)}", "is not part of this model" if odd in tensors else "is missing")
+def check_shapes(found: Shapes, expected: Shapes) -> None:
+    """Tensors' names, dtypes and shapes must be those expected.
+
+    Raises:
+        LowtideError: they are not.
+    """
+    if found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())[0]
+        raise _bad(f"tensor {short(odd)}", "is not part of this model" if odd in found else "is missing")
     for name, (dtype, shape) in expected.items():
-        entry = tensors[name]
-        if any(type(length) is not int for length in entry.shape):
-            raise _bad(f"tensor {name}", f"shape {short(entry.shape)} is not made of whole numbers")
-        if (entry.dtype, entry.shape) != (dtype, shape):
-            found = f"{short(entry.dtype)} {short(list(entry.shape))}"
-            raise _bad(f"tensor {name}", f"must be {dtype} {list(shape)}, not {found}")
+        lengths = found[name][1]
+        if any(type(length) is not int for length in lengths):
+            raise _bad(f"tensor {name}", f"shape {short(lengths)} is not made of whole numbers")
+        if found[name] != (dtype, shape):
+            wrong = f"{short(found[name][0])} {short(list(lengths))}"
+            raise _bad(f"tensor {name}", f"must be {dtype} {list(shape)}, not {wrong}")
+
+
+def _check_tensors(tensors: dict[str, TensorEntry], expected: Shapes) -> None:
+    check_shapes({name: (entry.dtype, entry.shape) for name, entry in tensors.items()}, expected)
+    for name, entry in tensors.items():
         _digest(f"tensor {name} sha256", entry.sha256)
 
 

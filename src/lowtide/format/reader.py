@@ -17,7 +17,7 @@ from lowtide.arch import GroupSpec, ModelConfig, group_specs, norm_specs
 from lowtide.errors import LowtideError
 from lowtide.format import layout, stamp
 from lowtide.format.coded import check_spans
-from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS, GroupTensors, LinearTensors
+from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS, GroupTensors, IpnTensors, LinearTensors, ipn_shapes
 from lowtide.format.hfconfig import check_config
 from lowtide.format.image import file_entry, image_path, make_image
 from lowtide.format.manifest import (
@@ -298,8 +298,18 @@ def _group(spec: GroupSpec, manifest: Manifest, tensors: dict[str, NDArray[Any]]
         )
         for linear in spec.linears
     ]
+    ipn = None
+    if manifest.ipn is not None and spec.has_thresholds:
+        names = ipn_shapes(spec.name, spec.in_features, manifest.ipn["features"], len(manifest.budgets))
+        ipn = IpnTensors(**{f.removeprefix("ipn_"): tensors[f"lowtide.{spec.name}.{f}"] for f in names})
     return GroupTensors(
-        name=spec.name, in_features=spec.in_features, slices=slices, linears=linears, zero=manifest.zero, **fields
+        name=spec.name,
+        in_features=spec.in_features,
+        slices=slices,
+        linears=linears,
+        zero=manifest.zero,
+        ipn=ipn,
+        **fields,
     )
 
 

@@ -3,6 +3,7 @@ out, and a coded artifact gives up its last slices even if they were never downl
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import mmap
 import os
@@ -74,6 +75,7 @@ def repack(
             zero=manifest.zero,
             coding=coding or manifest.coding,
             report=report,
+            ipn=manifest.ipn,
         )
 
 
@@ -83,6 +85,8 @@ def cut(group: GroupTensors, slices: int, budgets: list[int]) -> GroupTensors:
         linear.weight = linear.weight[:slices]
     thresholds = group.thresholds[:, budgets, :slices] if group.thresholds.size else group.thresholds[:, :, :slices]
     group.thresholds, group.shrink, group.slices = np.ascontiguousarray(thresholds), group.shrink[:slices], slices
+    if group.ipn is not None and group.ipn.gain is not None:
+        group.ipn = dataclasses.replace(group.ipn, gain=group.ipn.gain[budgets])
     return group
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
 from lowtide.format import codec
-from lowtide.format.groups import GroupTensors, LinearTensors
+from lowtide.format.groups import GroupTensors, IpnTensors, LinearTensors
 
 _F16_INFINITY = 0x7C00
 _F16_NO_SIGN = 0x7FFF
@@ -35,12 +35,11 @@ def check_group(group: GroupTensors, policies: list[str], where: str) -> None:
     exact = group.exact_channels
     _finite_f16(group.mean, f"{prefix}.mean")
     _positive_f16(group.col_scale, f"{prefix}.col_scale")
-    _finite_f16(group.importance, f"{prefix}.importance")
-    if np.any(group.importance < 0):
-        raise LowtideError(f"{prefix}.importance: holds a negative value")
-    for field in ("mean", "importance"):
-        if np.any(getattr(group, field)[exact] != 0):
-            raise LowtideError(f"{prefix}.{field}: must be zero for exact channels")
+    if np.any(group.mean[exact] != 0):
+        raise LowtideError(f"{prefix}.mean: must be zero for exact channels")
+    _check_importance(group.importance, exact, f"{prefix}.importance")
+    if group.ipn is not None:
+        _check_ipn(group.ipn, exact, prefix)
     if not np.all(np.isfinite(group.shrink) & (group.shrink > 0)):
         raise LowtideError(f"{prefix}.shrink: holds a value that is not finite and above zero")
     if group.name != "embed":
@@ -59,6 +58,22 @@ def check_norm(name: str, values: NDArray[np.float32], where: str) -> None:
 def real_outliers(linear: LinearTensors) -> int:
     """Number of outliers stored, fillers left out."""
     return int(np.count_nonzero(_bits(linear.outlier_value) & _F16_NO_SIGN))
+
+
+def _check_importance(importance: NDArray[np.float16], exact: NDArray[np.int32], where: str) -> None:
+    _finite_f16(importance, where)
+    if np.any(importance < 0):
+        raise LowtideError(f"{where}: holds a negative value")
+    if np.any(importance[exact] != 0):
+        raise LowtideError(f"{where}: must be zero for exact channels")
+
+
+def _check_ipn(ipn: IpnTensors, exact: NDArray[np.int32], prefix: str) -> None:
+    """The rule `ipn`: any int8 is a probe's weight, everything else is finite."""
+    _check_importance(ipn.importance, exact, f"{prefix}.ipn_importance")
+    for field, tensor in ipn.fields().items():
+        if tensor.dtype == np.float32 and not np.all(np.isfinite(tensor)):
+            raise LowtideError(f"{prefix}.{field}: holds a value that is not finite")
 
 
 def _check_exact_channels(group: GroupTensors, prefix: str) -> None:

@@ -23,7 +23,7 @@ from lowtide.errors import LowtideError
 from lowtide.format import layout
 from lowtide.format.card import CARD_NAME, model_card
 from lowtide.format.coded import coded_names, image_layout, linears, stream_name
-from lowtide.format.encode import encode_spool
+from lowtide.format.encode import encode_spool, keep_streams
 from lowtide.format.groups import GroupTensors
 from lowtide.format.hfconfig import encode_config
 from lowtide.format.manifest import (
@@ -33,11 +33,14 @@ from lowtide.format.manifest import (
     WEIGHTS_NAME,
     FileEntry,
     GroupSummary,
+    IpnInfo,
     LinearSummary,
     Manifest,
     TensorEntry,
     check_file_name,
+    check_shapes,
     digest_line,
+    version_for,
 )
 from lowtide.format.reader import load_folder
 from lowtide.format.spool import Spool, write_all
@@ -130,11 +133,15 @@ class ArtifactWriter:
         zero: bool = False,
         coding: str = "packed",
         report: Report | None = None,
+        ipn: IpnInfo | None = None,
+        coded_from: Path | None = None,
     ) -> Manifest:
         """Write header, config, model card and manifest, check the whole folder, and move it to its place.
 
         Args: the manifest's fields of the same names. `stats["source"]`, if there, is the model card's title; what
-            coding measures goes to `stats["entropy"]`. report: called with (done, total) while coding.
+            coding measures goes to `stats["entropy"]`. report: called with (done, total) while coding. coded_from: a
+            coded `model.safetensors` with the same digits, whose streams are taken as they are; `stats` then has
+            `entropy` already.
 
         Raises:
             LowtideError: something does not fit, or the disk is full; nothing is left behind.
@@ -142,12 +149,14 @@ class ArtifactWriter:
         stats = dict(stats or {})
         assert self._spool is not None
         if coding == "entropy":
+            target = self._folder / _CODED_NAME
             with self._disk_errors():
-                self._coded, stats["entropy"] = encode_spool(
-                    self._spool, self._folder / _CODED_NAME, config, slices, zero, report
-                )
+                if coded_from is not None:
+                    self._coded = keep_streams(self._spool, target, config, slices, coded_from)
+                else:
+                    self._coded, stats["entropy"] = encode_spool(self._spool, target, config, slices, zero, report)
         image, prefixes = self._write_weights(config, slices)
-        self._add_file(CONFIG_NAME, encode_config(config))
+        self._add_file(CONFIG_NAME, encode_config(config, version_for(policies)))
         if CARD_NAME not in self._files:
             title = stats.get("source", self.path.name)
             self._add_file(CARD_NAME, model_card(config, slices, budgets, policies, title))
@@ -169,7 +178,11 @@ class ArtifactWriter:
             coding=coding,
             image=image,
             prefixes=prefixes,
+            ipn=ipn,
+            format_version=version_for(policies),
         )
+        if self._coded:  # nothing but the image's tensors says what is in a coded file
+            check_shapes(self._spool.tensors, manifest.expected_tensors())
         data = manifest.to_json()
         with self._disk_errors():
             _write_file(self._folder / MANIFEST_NAME, data)

@@ -16,12 +16,16 @@ class PolicyParams:
         rule: name of the rule, a key of `lowtide.rules.RULES`.
         thresholds: f32 [groups, S], the rule's params for each group: layers 0..n-1 times (qkv, o, gate_up, down),
             then head.
+        gains: f32 [groups] for the rule `ipn`, how far a token moves each group's thresholds (0 for the head); None: 0.
+        bits: the budget they were made for, bits per weight, where that was held within what the policy can do.
         log2_offset: how far the budget controller has moved them (`Rule.shift`); higher reads less.
     """
 
     rule: str
     thresholds: NDArray[np.float32]
     log2_offset: float = 0.0
+    gains: NDArray[np.float32] | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)

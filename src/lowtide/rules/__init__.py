@@ -7,17 +7,18 @@ specification, `literal.py` the slow form with one score for each single weight 
 from __future__ import annotations
 
 from lowtide.rules import policy as _policy
-from lowtide.rules.base import ALWAYS, GroupStats, Rule
+from lowtide.rules.base import ALWAYS, GroupStats, IpnStats, Rule
 from lowtide.rules.channel_abs import ChannelAbs
 from lowtide.rules.channel_norm import ChannelNorm
 from lowtide.rules.dense import Dense
 from lowtide.rules.gate import Gate
+from lowtide.rules.ipn import Ipn
 from lowtide.rules.policy import Policy
 from lowtide.rules.statistical_topk import StatisticalTopK
 from lowtide.rules.topk import TopK
 
 RULES: dict[str, Rule] = {
-    rule.name: rule for rule in (ChannelNorm(), ChannelAbs(), Gate(), TopK(), StatisticalTopK(), Dense())
+    rule.name: rule for rule in (ChannelNorm(), ChannelAbs(), Gate(), TopK(), StatisticalTopK(), Dense(), Ipn())
 }
 
 
@@ -31,4 +32,4 @@ def parse_policy(text: str, slices: int) -> Policy:
     return _policy.parse_policy(text, slices, RULES)
 
 
-__all__ = ["ALWAYS", "RULES", "GroupStats", "Policy", "Rule", "get_rule", "parse_policy"]
+__all__ = ["ALWAYS", "RULES", "GroupStats", "IpnStats", "Policy", "Rule", "get_rule", "parse_policy"]

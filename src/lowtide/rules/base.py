@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,24 @@ ALWAYS = 2.0**-64
 
 
 @dataclass(frozen=True)
+class IpnStats:
+    """What the rule `ipn` knows of a group (format.groups.IpnTensors), in f32; None where the group has no such tensor.
+
+    Attributes:
+        importance: f32 [in], w_j.
+        mix: f32 [H + 1].
+        probe: f32 [H, in], whole numbers.
+        scale, bias: f32 [H].
+    """
+
+    importance: Array
+    mix: Array | None = None
+    probe: Array | None = None
+    scale: Array | None = None
+    bias: Array | None = None
+
+
+@dataclass(frozen=True)
 class GroupStats:
     """What a rule may know about a group, besides the input. Arrays are numpy or torch, like the input.
 
@@ -29,12 +48,14 @@ class GroupStats:
         importance: f32 [in], v_j, the sensitivity-weighted norm of column j (0 for exact channels).
         slices: S, the number of stored 2-bit slices.
         exact: bool [in], channels that are kept exact and so never read through slices; None if there are none.
+        ipn: for the rule `ipn`; None if the artifact has no such network.
     """
 
     mean: Array
     importance: Array
     slices: int
     exact: Array | None = None
+    ipn: IpnStats | None = None
 
     @classmethod
     def of(cls, group: Any) -> GroupStats:
@@ -42,7 +63,22 @@ class GroupStats:
         exact = np.zeros(group.in_features, dtype=bool)
         exact[np.asarray(group.exact_channels, dtype=np.int64)] = True
         mean, importance = (np.asarray(a, dtype=np.float32) for a in (group.mean, group.importance))
-        return cls(mean, importance, int(group.slices), exact if exact.any() else None)
+        found = ("importance", "mix", "probe", "scale", "bias")
+        parts = {} if group.ipn is None else {name: getattr(group.ipn, name) for name in found}
+        ipn = IpnStats(**{name: None if a is None else np.asarray(a, np.float32) for name, a in parts.items()})
+        return cls(
+            mean, importance, int(group.slices), exact if exact.any() else None, None if group.ipn is None else ipn
+        )
+
+    def map(self, change: Callable[[Any], Any]) -> GroupStats:
+        """The same with every array changed, e.g. numpy to torch."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, IpnStats):
+                return IpnStats(**{f.name: changed(getattr(value, f.name)) for f in fields(value)})
+            return value if value is None or isinstance(value, int) else change(value)
+
+        return GroupStats(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 class Rule(ABC):
@@ -60,8 +96,22 @@ class Rule(ABC):
         """Scores f32 [..., in] of the channels for the inputs x f32 [..., in]; gate like x, or None."""
 
     def levels(self, stats: GroupStats, x: Array, params: Array, gate: Array | None = None) -> Array:
-        """Levels int32 [..., in] in 0..S for the inputs x f32 [..., in] and params f32 [S] (score thresholds here)."""
+        """Levels int32 [..., in] in 0..S for the inputs x f32 [..., in] and params (score thresholds here).
+
+        params: f32 [S], or for each token [S, ..., 1] (`waterline`).
+        """
         return finish(stats, count_above(self.score(stats, x, gate), params))
+
+    def features(self, stats: GroupStats, x: Array) -> Array | None:
+        """What the rule sees in a group's input x f32 [..., in] for this group and those after it; None: nothing."""
+        return None
+
+    def waterline(self, stats: GroupStats, params: Array, features: Array | None, gain: float) -> Array:
+        """params of each token: [S, ..., 1], or [S] where all tokens have the same.
+
+        params: f32 [S], already shifted. features: the last that a group gave, or None. gain: see `PolicyParams.gains`.
+        """
+        return params
 
     def shift(self, params: Array, offset: float) -> Array:
         """params moved by the budget controller: every step of `offset` reads less. Shape and dtype stay."""
@@ -98,7 +148,10 @@ class Rule(ABC):
 
 
 def count_above(score: Array, thresholds: Array) -> Array:
-    """Number of thresholds [S] below each score [...]: int32 [...]. Comparisons are strict; NaN scores give 0."""
+    """Number of thresholds below each score [...]: int32 [...]. Comparisons are strict; NaN scores give 0.
+
+    thresholds: [S], or [S, ...] with what broadcasts to the scores.
+    """
     level = astype(score > thresholds[0], "int32")
     for t in thresholds[1:]:
         level = level + astype(score > t, "int32")
