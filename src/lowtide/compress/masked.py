@@ -35,6 +35,7 @@ class _Group:
     stats: GroupStats
     out: int
     side_bits: int
+    ipn_side_bits: int  # under the rule ipn
 
 
 def _unpack(group: GroupTensors) -> _Group:
@@ -47,9 +48,6 @@ def _unpack(group: GroupTensors) -> _Group:
         rows, cols, values = linear.outliers()
         extra[rows, cols] = values
         outliers.append(torch.from_numpy(extra))
-    known = GroupStats.of(group)
-    exact = None if known.exact is None else torch.from_numpy(known.exact)
-    stats = GroupStats(torch.from_numpy(known.mean), torch.from_numpy(known.importance), known.slices, exact)
     return _Group(
         planes=torch.cat(planes, 1),
         row_scale=_f32([linear.row_scale for linear in group.linears], 0),
@@ -59,9 +57,10 @@ def _unpack(group: GroupTensors) -> _Group:
         outliers=torch.cat(outliers),
         exact_channels=torch.from_numpy(group.exact_channels.astype(np.int64)),
         exact=_f32([linear.exact for linear in group.linears], 1),
-        stats=stats,
+        stats=GroupStats.of(group).map(lambda a: torch.from_numpy(np.array(a))),
         out=sum(linear.out_features for linear in group.linears),
         side_bits=8 * group.side_bytes(),
+        ipn_side_bits=8 * group.side_bytes(ipn=True),
     )
 
 
@@ -93,21 +92,36 @@ class MaskedModel:
         self.embedding[:, table.exact_channels] = table.exact.T
 
     @torch.no_grad()
-    def logits(self, ids: torch.Tensor, rule: Rule, params: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, float]:  # type: ignore[type-arg]
-        """ids [B, N] -> (logits f32 [B, N, V], bits_read_body). `params[group]`: the rule's f32 [S]."""
+    def logits(
+        self,
+        ids: torch.Tensor,
+        rule: Rule,
+        params: Mapping[str, np.ndarray],  # type: ignore[type-arg]
+        gains: Mapping[str, float] | None = None,
+    ) -> tuple[torch.Tensor, float]:
+        """ids [B, N] -> (logits f32 [B, N, V], bits_read_body).
+
+        params[group]: the rule's f32 [S]; gains[group]: for the rule `ipn`, see `PolicyParams.gains`; 0 by default.
+        """
         rope = rope_tables(self.config, 0, ids.shape[1])
         x = F.embedding(ids, self.embedding)
         read = 0.0
         gate: list[torch.Tensor] = []
+        features: torch.Tensor | None = None
 
         for index in range(self.config.num_layers):
 
             def apply(name: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
-                nonlocal read
+                nonlocal read, features
                 full = f"layers.{index}.{name}"
-                y, levels = self.product(full, x, rule, params[full], gate.pop() if name == "down" else None)
                 group = self.groups[full]
-                read += 2.0 * float(levels.sum()) * group.out + group.side_bits * ids.numel()
+                found = rule.features(group.stats, x)
+                features = features if found is None else found
+                cuts = torch.from_numpy(np.array(params[full]))
+                cuts = rule.waterline(group.stats, cuts, features, 0.0 if gains is None else float(gains[full]))
+                y, levels = self.product(full, x, rule, cuts, gate.pop() if name == "down" else None)
+                side = group.ipn_side_bits if rule.name == "ipn" else group.side_bits
+                read += 2.0 * float(levels.sum()) * group.out + side * ids.numel()
                 if name == "gate_up":
                     gate.append(F.silu(y.chunk(2, -1)[0]))
                 return y
@@ -125,12 +139,15 @@ class MaskedModel:
         name: str,
         x: torch.Tensor,
         rule: Rule,
-        params: np.ndarray,  # type: ignore[type-arg]
+        params: np.ndarray | torch.Tensor,  # type: ignore[type-arg]
         gate: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One group's layers: x f32 [..., in] -> (y f32 [..., out], levels i32 [..., in])."""
+        """One group's layers: x f32 [..., in] -> (y f32 [..., out], levels i32 [..., in]).
+
+        params: the rule's, f32 [S] or [S, ..., 1].
+        """
         group = self.groups[name]
-        levels = rule.levels(group.stats, x, torch.from_numpy(np.array(params)), gate)
+        levels = rule.levels(group.stats, x, torch.as_tensor(params), gate)
         a = x - group.stats.mean
         gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
         base = a * group.col_scale * gamma

@@ -74,6 +74,7 @@ class ReferenceEngine:
         self._values = [CachedRows(c.num_kv_heads, c.head_dim, cache_bits) for _ in range(c.num_layers)]
         total = sum(g.weights() * g.slices for g in self._groups.values())
         self._planes: dict[str, NDArray[np.uint8]] | None = {} if total <= PLANE_CACHE_BYTES else None
+        self._bits = np.zeros(4 * c.num_layers + 1, np.int64)
 
     def decode(self, token: int, pos: int, policy: PolicyParams, want_logits: bool = True) -> tuple[F32, DecodeStats]:
         """One token at position pos under a policy.
@@ -104,6 +105,8 @@ class ReferenceEngine:
             head = _Masked(self, policy, len(x[rows]))
             logits[rows] = head(4 * self.config.num_layers, "head", x[rows], None)[0]
             head_bits[rows] += head.bits
+            masked.last[-1] = head.last[-1]
+        self._bits = masked.last
         c, scales = self.config, 8 if self._cache_bits == 8 else 0  # bytes of a key's and a value's scale
         per_position = c.num_layers * c.num_kv_heads * (c.head_dim * self._cache_bits // 4 + scales)
         stats = []
@@ -125,6 +128,10 @@ class ReferenceEngine:
         if not all_logits:
             return self._dense(-1, "head", x[-1:], None)[0][0]
         return self._dense(-1, "head", x, None)[0]
+
+    def group_bits(self) -> NDArray[np.int64]:
+        """Bits that the last token decoded read of each group, side data included: i64 [layers * 4 + 1], head last."""
+        return self._bits.copy()
 
     def close(self) -> None:
         """Frees the KV cache and the unpacked digits."""
@@ -187,7 +194,8 @@ class ReferenceEngine:
 
 
 class _Masked:
-    """The graded product of a group under a policy; counts the bits of each token, i64 [n]."""
+    """The graded product of a group under a policy; counts the bits of each token, i64 [n], and for the last token
+    those of each group, i64 [groups]."""
 
     def __init__(self, engine: ReferenceEngine, policy: PolicyParams, tokens: int) -> None:
         expected = 4 * engine.config.num_layers + 1
@@ -197,12 +205,19 @@ class _Masked:
         self.engine = engine
         self.policy = policy
         self.bits = np.zeros(tokens, np.int64)
+        self.last = np.zeros(expected, np.int64)
+        self._features: F32 | None = None
 
     def __call__(self, index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
         group, stats = self.engine.group(name)
+        found = self.rule.features(stats, x)
+        self._features = self._features if found is None else found
+        gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])
         params = self.rule.shift(self.policy.thresholds[index], self.policy.log2_offset)
-        levels = self.rule.levels(stats, x, params, gate)
-        self.bits += ops.group_bits(group, levels)
+        levels = self.rule.levels(stats, x, self.rule.waterline(stats, params, self._features, gain), gate)
+        bits = ops.group_bits(group, levels, self.rule.name == "ipn")
+        self.bits += bits
+        self.last[index] = bits[-1]
         return [ops.graded_linear(group, m, self.engine.digits(group, m), x, levels) for m in group.linears]
 
 

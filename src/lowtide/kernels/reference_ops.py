@@ -278,10 +278,13 @@ def channel_planes(planes: U8) -> U8:
     return np.ascontiguousarray(planes.transpose(0, 2, 1))
 
 
-def group_bits(group: GroupTensors, levels: I32) -> NDArray[np.int64]:
-    """Bits read for a group by each token, i64 [n]: digits by levels i32 [n, in], and all side data."""
+def group_bits(group: GroupTensors, levels: I32, ipn: bool = False) -> NDArray[np.int64]:
+    """Bits read for a group by each token, i64 [n]: digits by levels i32 [n, in], and all side data.
+
+    ipn: under the rule `ipn`, which has side data of its own.
+    """
     rows = sum(linear.out_features for linear in group.linears)
-    return 2 * rows * levels.sum(axis=-1, dtype=np.int64) + 8 * group.side_bytes()
+    return 2 * rows * levels.sum(axis=-1, dtype=np.int64) + 8 * group.side_bytes(ipn)
 
 
 def embedding_bits(group: GroupTensors) -> int:

@@ -17,7 +17,7 @@ class PolicyParams:
         thresholds: f32 [groups, S], the rule's params for each group: layers 0..n-1 times (qkv, o, gate_up, down),
             then head.
         gains: f32 [groups] for the rule `ipn`, how far a token moves each group's thresholds (0 for the head); None: 0.
-        bits: the budget they were made for, bits per weight, where that was held within what the policy can do.
+        bits: the budget they are made for, bits per weight, if it is not the one asked for.
         log2_offset: how far the budget controller has moved them (`Rule.shift`); higher reads less.
     """
 

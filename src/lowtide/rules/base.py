@@ -38,6 +38,12 @@ class IpnStats:
     scale: Array | None = None
     bias: Array | None = None
 
+    @classmethod
+    def of(cls, ipn: Any) -> IpnStats:
+        """What a `lowtide.format.groups.IpnTensors` holds, as numpy arrays."""
+        values = {f.name: getattr(ipn, f.name) for f in fields(cls)}
+        return cls(**{name: None if a is None else np.asarray(a, np.float32) for name, a in values.items()})
+
 
 @dataclass(frozen=True)
 class GroupStats:
@@ -63,11 +69,8 @@ class GroupStats:
         exact = np.zeros(group.in_features, dtype=bool)
         exact[np.asarray(group.exact_channels, dtype=np.int64)] = True
         mean, importance = (np.asarray(a, dtype=np.float32) for a in (group.mean, group.importance))
-        found = ("importance", "mix", "probe", "scale", "bias")
-        parts = {} if group.ipn is None else {name: getattr(group.ipn, name) for name in found}
-        ipn = IpnStats(**{name: None if a is None else np.asarray(a, np.float32) for name, a in parts.items()})
         return cls(
-            mean, importance, int(group.slices), exact if exact.any() else None, None if group.ipn is None else ipn
+            mean, importance, int(group.slices), exact if exact.any() else None, group.ipn and IpnStats.of(group.ipn)
         )
 
     def map(self, change: Callable[[Any], Any]) -> GroupStats:

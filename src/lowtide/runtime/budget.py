@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
 from lowtide.kernels.types import PolicyParams
 
 if TYPE_CHECKING:
+    from lowtide.format.groups import GroupTensors
     from lowtide.format.manifest import Manifest
     from lowtide.format.reader import Artifact
 
@@ -48,9 +52,13 @@ def body_weights(artifact: Artifact) -> int:
     return sum(g.weights() for name, g in artifact.groups.items() if name not in ("head", "embed"))
 
 
-def body_side_bits(artifact: Artifact) -> int:
-    """Bits that every token reads whatever its masks are: scales, outliers, exact channels, thresholds."""
-    return sum(8 * g.side_bytes() for name, g in artifact.groups.items() if name not in ("head", "embed"))
+def body_side_bits(artifact: Artifact, rule: str = "") -> int:
+    """Bits that every token reads whatever its masks are: scales, outliers, exact channels, thresholds.
+
+    rule: the mask rule (`PolicyParams.rule`); `ipn` has side data of its own.
+    """
+    body = (g for name, g in artifact.groups.items() if name not in ("head", "embed"))
+    return sum(8 * g.side_bytes(rule == "ipn") for g in body)
 
 
 def policy_params(artifact: Artifact, policy: str | None, bits: float | None) -> PolicyParams:
@@ -59,10 +67,12 @@ def policy_params(artifact: Artifact, policy: str | None, bits: float | None) ->
     Args:
         artifact: an open artifact.
         policy: one of `artifact.manifest.policies` (`rule` or `rule:levels`), or "dense"; None takes the first stored.
-        bits: target for bits_read_body, in bits per weight; None reads everything.
+        bits: target for bits_read_body, in bits per weight; None reads everything. Under the rule `ipn` a target
+            outside the range that it was trained for is moved to the range's end, and a line on stderr says so.
 
     Returns:
-        PolicyParams with thresholds f32 [layers * 4 + 1, S], the head's row last.
+        PolicyParams with thresholds f32 [layers * 4 + 1, S], the head's row last; for `ipn` also gains
+        f32 [layers * 4 + 1], linear between budgets.
 
     Raises:
         LowtideError: unknown rule, one that the artifact stores no thresholds for, or a budget outside its grid.
@@ -76,17 +86,49 @@ def policy_params(artifact: Artifact, policy: str | None, bits: float | None) ->
         raise LowtideError("--policy dense reads everything: ask for --bits dense")
     if bits is None or index is None:
         return PolicyParams("dense", np.zeros((len(groups), manifest.slices), np.float32))
-    grid = manifest.budgets
+    rule, grid = get_rule(manifest.policies[index]), manifest.budgets
+    asked = bits
+    if rule.name == "ipn":
+        bits = _held(manifest, bits)
     if not grid[0] <= bits <= grid[-1]:
         stored = f"{grid[0]:g} to {math.floor(100 * grid[-1]) / 100:g}"  # rounded down, so what it says is inside
         raise LowtideError(f'--bits {bits:g}: this artifact stores budgets from {stored} bits per weight, and "dense"')
-    rule = get_rule(manifest.policies[index])
     high = min(int(np.searchsorted(grid, bits)), len(grid) - 1)
     low = max(high - 1, 0)
     fraction = (bits - grid[low]) / (grid[high] - grid[low]) if high > low else 1.0
     tables = [group.thresholds[index] for group in groups]
     rows = [rule.interpolate(table[low], table[high], fraction) for table in tables]
-    return PolicyParams(rule.name, np.stack(rows))
+    gains = [0.0 if (g := _gain(group)) is None else g[low] + (g[high] - g[low]) * fraction for group in groups]
+    return PolicyParams(
+        rule.name,
+        np.stack(rows),
+        gains=np.array(gains, np.float32) if rule.name == "ipn" else None,
+        bits=None if bits == asked else bits,
+    )
+
+
+def _gain(group: GroupTensors) -> NDArray[np.float32] | None:
+    return None if group.ipn is None else group.ipn.gain
+
+
+def _held(manifest: Manifest, bits: float) -> float:
+    """`bits` held within the range that the IPN was trained for, and within the grid of thresholds."""
+    assert manifest.ipn is not None  # the manifest has it if it has the policy
+    grid = manifest.budgets
+    low, high = (min(max(end, grid[0]), grid[-1]) for end in (manifest.ipn["low"], manifest.ipn["high"]))
+    held = min(max(bits, low), high)
+    if held != bits:
+        _warn(
+            f"--bits {bits:g}: the importance network of this artifact is trained for {low:g} to {high:g} bits per "
+            f"weight; using {held:g} (--policy channel-norm, if stored, has no such range)"
+        )
+    return held
+
+
+@cache
+def _warn(text: str) -> None:
+    """A line on stderr, once for each text: a conversation asks for its budget again with every answer."""
+    print(f"lowtide: warning: {text}", file=sys.stderr)
 
 
 def _policy_index(manifest: Manifest, policy: str | None) -> int | None:
@@ -124,7 +166,8 @@ class BudgetController:
         """
         Args:
             params: where to begin, from `policy_params`.
-            target_bits: bits_read_body to hold, in bits per weight; None (dense) controls nothing.
+            target_bits: bits_read_body to hold, in bits per weight; None (dense) controls nothing. Where `params` were
+                made for another budget than the one asked for (`PolicyParams.bits`), that one is held.
             n_body_weights: weights in the decoder's linear layers.
             side_bits: bits read for them whatever the masks are; a target below that cannot be met.
             gain: log2 of threshold per bit of error and token; 0 switches the control off.
@@ -133,6 +176,8 @@ class BudgetController:
             LowtideError: the target is below what is always read.
         """
         floor = side_bits / n_body_weights
+        if target_bits is not None and params.bits is not None:
+            target_bits = params.bits
         if target_bits is not None and target_bits <= floor:
             raise LowtideError(f"--bits {target_bits:g}: {floor:.3g} bits are read whatever the mask; ask for more")
         self.params = params
