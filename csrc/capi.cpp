@@ -63,6 +63,8 @@ int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const
   return engine->engine.group_product(group, x, *policy, y);
 }
 
+int64_t lt_group_bits(const lt_engine *engine, int64_t *out) { return engine->engine.group_bits(out); }
+
 double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats) {
   try {
     return engine->engine.read_bandwidth(bytes, repeats);

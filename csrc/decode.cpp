@@ -40,7 +40,7 @@ Share share_of(const lt_group &g, int tid, int threads) {
   return share;
 }
 
-// The rule turns its parameters into thresholds on a score; a null score means |x - mean| * importance.
+// The rule turns its parameters into thresholds on a score; a null score means |x - mean| * the rule's importance.
 void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const float *x, const lt_policy &policy,
                            float *out, const float **score) {
   const float *params = policy.params + row * LT_MAX_SLICES;
@@ -98,6 +98,13 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
       *score = sc;
       break;
     }
+    case LT_IPN: {
+      if (g.ipn_probe) k_.probe(g, x, w.features);
+      if (!g.ipn_mix || !policy.gains) break;
+      const float moved = k_.waterline(g, w.features, policy.gains[row]);
+      for (int64_t s = 0; s < g.slices; ++s) out[s] = out[s] * moved;
+      break;
+    }
     default: break;
   }
 }
@@ -108,10 +115,11 @@ int64_t Engine::choose(Worker &w, int64_t group, const float *x, const lt_policy
   float thresholds[LT_MAX_SLICES];
   const float *score;
   thresholds_of(w, g, group, x, policy, thresholds, &score);
-  k_.select(g, x, score, thresholds, w.selection);
+  const bool ipn = policy.rule == LT_IPN;
+  k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, thresholds, w.selection);
   int64_t rows = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) rows += g.linear[i].out;
-  return 2 * w.selection.read_levels() * rows + g.side_bits;
+  return 2 * w.selection.read_levels() * rows + (ipn ? g.ipn_side_bits : g.side_bits);
 }
 
 // This thread's tiles of every linear layer of the group.
@@ -208,6 +216,11 @@ void Engine::decode(int64_t token, int64_t position, const lt_policy &policy, fl
   stats->embed_bits = 2 * e.slices * e.in + 16 * e.in + 16;
   stats->cache_bytes = model_.layers * model_.kv_heads * (position + 1) *
                        (model_.head_dim * model_.cache_bits / 4 + (model_.cache_bits == 8 ? 8 : 0));
+}
+
+int64_t Engine::group_bits(int64_t *out) const {
+  std::copy(bits_.begin(), bits_.begin() + head_group() + 1, out);
+  return head_group() + 1;
 }
 
 int64_t Engine::group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y) {

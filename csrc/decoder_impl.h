@@ -46,12 +46,7 @@ static void rope(float *head, const float *cosine, const float *sine, int64_t he
 // scores are summed side by side; values in rows, [position][head_dim padded to 16]. int8 rows have a scale each.
 
 static inline f32x16 load_cached(const uint16_t *p) { return load_half(p); }
-static inline f32x16 load_cached(const int8_t *p) {
-  typedef int8_t i8x16 __attribute__((vector_size(16)));
-  i8x16 v;
-  std::memcpy(&v, p, 16);
-  return __builtin_convertvector(v, f32x16);
-}
+static inline f32x16 load_cached(const int8_t *p) { return load_bytes(p); }
 
 static inline void cache_row(const float *x, int64_t n, int64_t step, uint16_t *to) {
   for (int64_t d = 0; d < n; ++d) to[d * step] = float_to_half(x[d]);

@@ -40,6 +40,7 @@ struct Worker {
   Selection selection;
   std::vector<float> normed;     // [hidden]
   std::vector<float> hidden;     // [intermediate] activated FFN neurons
+  float features[LT_MAX_FEATURES] = {};  // of the last probe: o and down use those of qkv and gate_up
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
   std::vector<float> scratch;    // attention scores
   AlignedPanel panel;            // prefill: unpacked weights
@@ -54,6 +55,7 @@ class Engine {
   void decode(int64_t token, int64_t position, const lt_policy &policy, float *logits, lt_stats *stats);
   void prefill(const int32_t *tokens, int64_t n, int64_t position, bool all_logits, float *logits);
   int64_t group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y);
+  int64_t group_bits(int64_t *out) const;
   double read_bandwidth(int64_t bytes, int repeats);
   const Kernels &kernels() const { return k_; }
 
@@ -87,7 +89,7 @@ class Engine {
   int64_t positions_;                               // of the cache, a multiple of 16
   ZeroedMemory keys_, values_, key_scales_, value_scales_;
   std::vector<float> x_, qkv_, attended_, gate_up_, ones_, cosine_, sine_;
-  std::vector<int64_t> bits_;                       // per group, of the token in progress
+  std::vector<int64_t> bits_;                       // per group, of the last token
   // Prefill buffers, [chunk, ...]
   std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
   std::vector<int8_t> pquantised_;

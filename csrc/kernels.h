@@ -49,10 +49,15 @@ struct HeadCache {
 
 struct Kernels {
   const char *name;
-  // Levels from thresholds[slices] and from `score` (or |x - mean| * importance where score is null).
-  void (*select)(const lt_group &g, const float *x, const float *score, const float *thresholds, Selection &s);
+  // Levels from thresholds[slices] and from `score` (or |x - mean| * importance f16 [in] where score is null).
+  void (*select)(const lt_group &g, const float *x, const float *score, const uint16_t *importance,
+                 const float *thresholds, Selection &s);
   // score_j = |x_j - mean_j| (* importance_j); exact channels get 0.
   void (*scores)(const lt_group &g, const float *x, bool weighted, float *score);
+  // LT_IPN: features f32 [H] of the group's probe for the input x, and the factor that features of a probe move the
+  // group's thresholds by.
+  void (*probe)(const lt_group &g, const float *x, float *features);
+  float (*waterline)(const lt_group &g, const float *features, float gain);
   // Tiles [begin, end), at most kPassTiles, of one linear layer: y f32 points to the first tile's first row.
   // s.offset must hold this matrix' offsets; acc is scratch, i32 [kPassTiles * 256].
   void (*tiles)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end, bool accumulate,

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "decoder_impl.h"
+#include "ipn_impl.h"
 #include "kernels.h"
 #include "prefill_impl.h"
 #include "select_impl.h"
@@ -146,7 +147,8 @@ static float sum(const void *p, int64_t bytes) {
   return (float)all[0];
 }
 
-static const Kernels kTable = {LT_NAME,   select,   scores, tiles,  rmsnorm, swiglu,            add,      rope,
-                               attention, store_kv, embed,  quantise, unpack, multiply, outliers_of_many, scale_and_correct, sum};
+static const Kernels kTable = {LT_NAME,  select,    scores,   probe, waterline, tiles,  rmsnorm,          swiglu,            add,
+                               rope,     attention, store_kv, embed, quantise,  unpack, multiply, outliers_of_many,
+                               scale_and_correct, sum};
 
 }  // namespace LT_NS

@@ -13,7 +13,8 @@ extern "C" {
 #endif
 
 #define LT_MAX_SLICES 4
-#define LT_ABI_VERSION 3
+#define LT_MAX_FEATURES 64
+#define LT_ABI_VERSION 4
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -41,6 +42,14 @@ typedef struct {
   const uint16_t *importance;    /* f16 [in] */
   const float *shrink;           /* [slices] */
   const int32_t *exact_channels; /* [exact_count] */
+  /* The importance prediction network of the rule LT_IPN; all null and 0 in artifacts without one. */
+  int64_t ipn_side_bits;         /* side_bits under this rule */
+  int64_t ipn_features;          /* H, at most LT_MAX_FEATURES */
+  const uint16_t *ipn_importance; /* f16 [in] */
+  const float *ipn_mix;          /* [H + 1], null for the head */
+  const int8_t *ipn_probe;       /* [H, in], null but for qkv and gate_up, as are the next two */
+  const float *ipn_scale;        /* [H] */
+  const float *ipn_bias;         /* [H] */
   lt_linear linear[3];
 } lt_group;
 
@@ -57,12 +66,21 @@ typedef struct {
 } lt_model;
 
 /* Mask rules, see lowtide.rules. */
-enum { LT_DENSE = 0, LT_CHANNEL_NORM = 1, LT_CHANNEL_ABS = 2, LT_GATE = 3, LT_TOPK = 4, LT_STATISTICAL_TOPK = 5 };
+enum {
+  LT_DENSE = 0,
+  LT_CHANNEL_NORM = 1,
+  LT_CHANNEL_ABS = 2,
+  LT_GATE = 3,
+  LT_TOPK = 4,
+  LT_STATISTICAL_TOPK = 5,
+  LT_IPN = 6
+};
 
 typedef struct {
   int64_t rule;
   const float *params;           /* [layers * 4 + 1, LT_MAX_SLICES]; the head's row comes last */
   double log2_offset;            /* thresholds are multiplied by 2^offset, counts divided, z-scores moved by it */
+  const float *gains;            /* LT_IPN: [layers * 4 + 1], or null for zeros */
 } lt_policy;
 
 typedef struct {
@@ -90,7 +108,12 @@ void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_poli
  * Returns 0, or 1 where memory for it was lacking. */
 int lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits);
 
-/* One group on one input, for tests: x f32 [in], y: one f32 [out] buffer per linear layer. Returns bits read. */
+/* Bits that the last token decoded read of each group, side data included: out i64 [layers * 4 + 1], the head last.
+ * Returns their number. */
+int64_t lt_group_bits(const lt_engine *engine, int64_t *out);
+
+/* One group on one input, for tests: x f32 [in], y: one f32 [out] buffer per linear layer. Returns bits read. Under
+ * LT_IPN a group without a probe uses the features of the last group that had one. */
 int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y);
 
 /* Bytes per second read from memory by the engine's threads: a probe to hold figures against. */

@@ -117,7 +117,8 @@ static void make_classes(const lt_group &g, Selection &s) {
   s.class_begin[s.slices] = entry;
 }
 
-static void select(const lt_group &g, const float *x, const float *score, const float *thresholds, Selection &s) {
+static void select(const lt_group &g, const float *x, const float *score, const uint16_t *importance,
+                   const float *thresholds, Selection &s) {
   s.in = g.in;
   s.slices = g.slices;
   std::memset(s.level_count, 0, sizeof s.level_count);
@@ -127,7 +128,7 @@ static void select(const lt_group &g, const float *x, const float *score, const 
     const int64_t n = g.in - j;
     const f32x16 a = load_part(x + j, n) - load_half_part(g.mean + j, n);
     store_part(s.a.data() + j, a, n);
-    const f32x16 sc = score ? load_part(score + j, n) : absolute(a) * load_half_part(g.importance + j, n);
+    const f32x16 sc = score ? load_part(score + j, n) : absolute(a) * load_half_part(importance + j, n);
     f32x16 factor{};
     for (int l = 1; l <= g.slices; ++l) factor = sc > splat(thresholds[l - 1]) ? shrink[l] : factor;
     append(s, j, n, a * load_half_part(g.col_scale + j, n) * factor, sc, thresholds);

@@ -126,6 +126,32 @@ static inline void store_part(float *p, f32x16 v, int64_t n) {
     std::memcpy(p, &v, (size_t)n * 4);
 }
 
+// Sixteen signed bytes as floats.
+static inline f32x16 load_bytes(const int8_t *p) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  const __m128i v = _mm_loadu_si128((const __m128i *)p);
+  const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+  const __m256 hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)));
+  f32x16 both;
+  std::memcpy(&both, &lo, 32);
+  std::memcpy((char *)&both + 32, &hi, 32);
+  return both;
+#else
+  typedef int8_t i8x16 __attribute__((vector_size(16)));
+  i8x16 v;
+  std::memcpy(&v, p, 16);
+  return __builtin_convertvector(v, f32x16);
+#endif
+}
+static inline f32x16 load_bytes_part(const int8_t *p, int64_t n) {
+  if (n >= 16) return load_bytes(p);
+  int8_t t[16] = {};
+  std::memcpy(t, p, (size_t)n);
+  return load_bytes(t);
+}
+
 // Fixed order of additions, whatever the instruction set.
 static inline float sum_lanes(f32x16 v) {
   float f[16];

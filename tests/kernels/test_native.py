@@ -25,13 +25,21 @@ SHAPES = {
     "many-tiles": Tiny(hidden=20, intermediate=24, layers=1, heads=2, kv_heads=1, head_dim=10, vocab=6500),
     "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
 }
+FEATURES = {"odd": 5, "one-slice": 1, "four-slices": 64, "wide-tiles": 19}  # 16 elsewhere
 VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]
 THRESHOLDS = np.array([0.15, 0.5, 1.1, 1.9], np.float32)
 
 
 @pytest.fixture(scope="module", params=sorted(SHAPES))
 def artifact(request, tmp_path_factory):
-    return open_artifact(make_artifact(tmp_path_factory.mktemp("native") / "a", SHAPES[request.param]))
+    return open_artifact(
+        make_artifact(
+            tmp_path_factory.mktemp("native") / "a",
+            SHAPES[request.param],
+            policies=("channel-norm", "ipn"),
+            features=FEATURES.get(request.param, 16),
+        )
+    )
 
 
 def policy(artifact, rule, offset=0.0):
@@ -40,7 +48,8 @@ def policy(artifact, rule, offset=0.0):
         rows = np.tile(np.array([21.4, 12, 5, 2], np.float32)[: artifact.manifest.slices], (len(rows), 1))
     if rule == "statistical-topk":
         rows = rows - 1
-    return PolicyParams(rule, rows, offset)
+    gains = np.linspace(-0.7, 0.7, len(rows), dtype=np.float32) if rule == "ipn" else None
+    return PolicyParams(rule, rows, offset, gains)
 
 
 def random_tokens(artifact, n=21, seed=3):
@@ -52,18 +61,24 @@ def random_tokens(artifact, n=21, seed=3):
 assert_close = np.testing.assert_array_equal
 
 
-@pytest.mark.parametrize("rule", ["channel-norm", "channel-abs", "topk", "statistical-topk", "dense"])
+@pytest.mark.parametrize("rule", ["channel-norm", "channel-abs", "topk", "statistical-topk", "dense", "ipn"])
 def test_group_product_is_the_specification(artifact, rule):
     engines = [Engine(artifact, threads=threads, isa=isa) for isa, threads in VARIANTS]
     chosen = policy(artifact, rule, 0.25)
     body = [g for name, g in artifact.groups.items() if name != "embed"]
+    features = None
     for index, group in enumerate(body):
         x = np.random.default_rng(index).normal(0, 1.5, group.in_features).astype(np.float32)
         stats = GroupStats.of(group)
         mask_rule = get_rule(rule)
-        levels = mask_rule.levels(stats, x[None], mask_rule.shift(chosen.thresholds[index], chosen.log2_offset))
+        found = mask_rule.features(stats, x[None])
+        features = features if found is None else found
+        params = mask_rule.shift(chosen.thresholds[index], chosen.log2_offset)
+        if rule == "ipn":
+            params = mask_rule.waterline(stats, params, features, chosen.gains[index])
+        levels = mask_rule.levels(stats, x[None], params)
         first, first_bits = engines[0].group_product(index, x, chosen)
-        assert first_bits == ops.group_bits(group, levels)[0]
+        assert first_bits == ops.group_bits(group, levels, rule == "ipn")[0]
         for linear, y in zip(group.linears, first, strict=True):
             planes = ops.channel_planes(ops_planes(group, linear))
             wanted = ops.graded_linear(group, linear, planes, x[None], levels)[0]
@@ -93,20 +108,21 @@ def test_nothing_read_leaves_bias_outliers_and_exact_channels(artifact):
         np.testing.assert_allclose(outs[i], wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["channel-norm", "gate", "dense"])
+@pytest.mark.parametrize("rule", ["channel-norm", "gate", "dense", "ipn"])
 def test_decode_is_the_reference(artifact, rule):
     """Logits and bits of a text."""
     tokens, chosen = random_tokens(artifact), policy(artifact, rule)
-    wanted, stats = ReferenceEngine(artifact).decode_many(tokens, 0, chosen)
+    reference = ReferenceEngine(artifact)
+    wanted, stats = reference.decode_many(tokens, 0, chosen)
     results = []
     for isa, threads in VARIANTS:
         engine = Engine(artifact, threads=threads, isa=isa)
         results.append([engine.decode(int(t), i, chosen) for i, t in enumerate(tokens)])
+        np.testing.assert_array_equal(engine.group_bits(), reference.group_bits())
+        assert engine.group_bits()[:-1].sum() == results[-1][-1][1].body_bits
     logits = np.stack([row for row, _ in results[0]])
     assert_close(logits, wanted)
-    native_bits = np.array([s.body_bits for _, s in results[0]], float)
-    np.testing.assert_allclose(native_bits, [s.body_bits for s in stats], rtol=0.01)
-    np.testing.assert_allclose([s.bytes_read for _, s in results[0]], [s.bytes_read for s in stats], rtol=0.01)
+    assert [s for _, s in results[0]] == stats
     for other in results[1:]:
         for (a, sa), (b, sb) in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(a, b)

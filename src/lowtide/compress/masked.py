@@ -147,7 +147,8 @@ class MaskedModel:
         params: the rule's, f32 [S] or [S, ..., 1].
         """
         group = self.groups[name]
-        levels = rule.levels(group.stats, x, torch.as_tensor(params), gate)
+        cuts = params if isinstance(params, torch.Tensor) else torch.from_numpy(np.array(params))
+        levels = rule.levels(group.stats, x, cuts, gate)
         a = x - group.stats.mean
         gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
         base = a * group.col_scale * gamma

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_SLICES = 4
 SHORT_PROMPT = 12
 MAX_CHANNELS = 65536
 """Sums of digits times coefficients stay within 32 bits, and byte offsets too (with layers below 4 GiB)."""
-RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5}
+RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5, "ipn": 6}
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -45,6 +45,8 @@ class _Group(ctypes.Structure):
         *((name, _i64) for name in ("in_", "slices", "linear_count", "exact_count", "side_bits")),
         ("centre", _i64 * MAX_SLICES),
         *((name, _pointer) for name in ("mean", "col_scale", "importance", "shrink", "exact_channels")),
+        *((name, _i64) for name in ("ipn_side_bits", "ipn_features")),
+        *((name, _pointer) for name in ("ipn_importance", "ipn_mix", "ipn_probe", "ipn_scale", "ipn_bias")),
         ("linear", _Linear * 3),
     ]
 
@@ -66,7 +68,7 @@ class _Model(ctypes.Structure):
 
 
 class _Policy(ctypes.Structure):
-    _fields_ = [("rule", _i64), ("params", _pointer), ("log2_offset", ctypes.c_double)]
+    _fields_ = [("rule", _i64), ("params", _pointer), ("log2_offset", ctypes.c_double), ("gains", _pointer)]
 
 
 class _Stats(ctypes.Structure):
@@ -89,6 +91,7 @@ def _library() -> ctypes.CDLL:
     lib.lt_prefill.argtypes = [_pointer, _pointer, _i64, _i64, ctypes.c_int, _pointer]
     lib.lt_group_product.restype = _i64
     lib.lt_group_product.argtypes = [_pointer, _i64, _pointer, ctypes.POINTER(_Policy), ctypes.POINTER(_pointer)]
+    lib.lt_group_bits.restype, lib.lt_group_bits.argtypes = _i64, [_pointer, _pointer]
     lib.lt_read_bandwidth.restype = ctypes.c_double
     lib.lt_read_bandwidth.argtypes = [_pointer, _i64, ctypes.c_int]
     return lib
@@ -222,6 +225,13 @@ class Engine:
         del keep
         return outs, bits
 
+    def group_bits(self) -> NDArray[np.int64]:
+        """Bits that the last token decoded read of each group, side data included: i64 [layers * 4 + 1], head last."""
+        out = np.zeros(len(self._ins) - self._untied, np.int64)
+        with self._lock:
+            _library().lt_group_bits(self._handle, out.ctypes.data)
+        return out
+
     def read_bandwidth(self, size: int = 256 << 20, repeats: int = 5) -> float:
         """Best bytes per second that the team reads from `size` bytes of memory: the limit to hold figures against."""
         return float(_library().lt_read_bandwidth(self._handle, size, repeats))
@@ -247,7 +257,7 @@ class Engine:
                 "shorten the text or raise --context"
             )
 
-    def _policy(self, policy: PolicyParams) -> tuple[_Policy, NDArray[np.float32]]:
+    def _policy(self, policy: PolicyParams) -> tuple[_Policy, list[NDArray[np.float32]]]:
         if policy.rule not in RULES:
             raise LowtideError(f"unknown mask rule {policy.rule!r}: the native engine knows {', '.join(sorted(RULES))}")
         groups = len(self._ins) - self._untied
@@ -256,11 +266,23 @@ class Engine:
             raise LowtideError(f"thresholds must have shape ({groups}, slices), not {thresholds.shape}")
         params = np.full((groups, MAX_SLICES), np.inf, np.float32)
         params[:, : thresholds.shape[1]] = thresholds
-        return _Policy(RULES[policy.rule], params.ctypes.data, policy.log2_offset), params
+        gains = np.zeros(groups, np.float32)
+        if policy.rule == "ipn":
+            if not self._ipn:
+                raise LowtideError(
+                    "rule ipn: the artifact has no importance prediction network; choose another --policy"
+                )
+            if policy.gains is not None:
+                gains = np.ascontiguousarray(policy.gains, np.float32)
+            if gains.shape != (groups,):
+                raise LowtideError(f"gains must have shape ({groups},), not {gains.shape}")
+        keep = [params, gains]
+        return _Policy(RULES[policy.rule], params.ctypes.data, policy.log2_offset, gains.ctypes.data), keep
 
     def _describe(self, artifact: Artifact) -> _Model:
         c = artifact.config
         groups = list(artifact.groups.values())
+        self._ipn = artifact.manifest.ipn is not None
         self._untied = len(groups) - 4 * c.num_layers - 1
         table = (_Group * len(groups))()
         for entry, group in zip(table, groups, strict=True):
@@ -309,6 +331,12 @@ class Engine:
         entry.centre[: group.slices] = group.centres
         for name in ("mean", "col_scale", "importance", "shrink", "exact_channels"):
             setattr(entry, name, self._pointer_to(getattr(group, name)))
+        if group.ipn is not None:
+            entry.ipn_side_bits = 8 * group.side_bytes(ipn=True)
+            entry.ipn_features = 0 if group.ipn.mix is None else len(group.ipn.mix) - 1
+            for name, tensor in group.ipn.fields().items():
+                if name != "ipn_gain":
+                    setattr(entry, name, self._pointer_to(tensor))
         for target, linear in zip(entry.linear, group.linears, strict=False):
             self._fill_linear(target, linear)
 

@@ -1,0 +1,47 @@
+// The importance prediction network's small part at run time (docs/architecture.md: Importance prediction).
+// Included by kernels_impl.h only.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace LT_NS {
+
+// kRows features at once share the loads of x; each sums in its own sixteen lanes.
+template <int kRows>
+static inline void probe_rows(const lt_group &g, const float *x, int64_t first, float *features) {
+  const int8_t *row = g.ipn_probe + first * g.in;
+  f32x16 acc[kRows] = {};
+  int64_t j = 0;
+  for (; j + 16 <= g.in; j += 16) {
+    const f32x16 v = load(x + j);
+    for (int k = 0; k < kRows; ++k) acc[k] = acc[k] + load_bytes(row + k * g.in + j) * v;
+  }
+  if (const int64_t left = g.in - j) {
+    const f32x16 v = load_part(x + j, left);
+    for (int k = 0; k < kRows; ++k) acc[k] = acc[k] + load_bytes_part(row + k * g.in + j, left) * v;
+  }
+  for (int k = 0; k < kRows; ++k) {
+    const float value = sum_lanes(acc[k]) * g.ipn_scale[first + k] + g.ipn_bias[first + k];
+    features[first + k] = value > 0 ? value : 0.0f;
+  }
+}
+
+static void probe(const lt_group &g, const float *x, float *features) {
+  int64_t k = 0;
+  for (; k + 4 <= g.ipn_features; k += 4) probe_rows<4>(g, x, k, features);
+  for (; k < g.ipn_features; ++k) probe_rows<1>(g, x, k, features);
+}
+
+// 2^(-gain * o), o the group's offset.
+static float waterline(const lt_group &g, const float *features, float gain) {
+  const float limit = 4.0f;
+  const int64_t n = g.ipn_features;
+  f32x16 acc{};
+  for (int64_t k = 0; k < n; k += 16) acc = acc + load_part(g.ipn_mix + k, n - k) * load_part(features + k, n - k);
+  float o = sum_lanes(acc) + g.ipn_mix[n];
+  o = o > limit ? limit : o;
+  o = o < -limit ? -limit : o;
+  return exponential(splat(gain * o * -0.6931471805599453f))[0];
+}
+
+}  // namespace LT_NS
