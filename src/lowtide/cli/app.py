@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowtide import __version__
-from lowtide.cli import bench, chat, compress, evaluate, generate, inspect, keyed, learn, pack, prune, verify
+from lowtide.cli import bench, chat, compress, evaluate, explain, generate, inspect, keyed, learn, pack, prune, verify
 from lowtide.errors import LowtideError
 
 BAD_INPUT = 2
@@ -30,6 +30,7 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(bench.bench)
 app.command()(inspect.inspect)
+app.command()(explain.explain)
 app.command()(pack.pack)
 app.command()(prune.prune)
 app.add_typer(learn.app)

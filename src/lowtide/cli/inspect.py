@@ -11,6 +11,7 @@ from lowtide.cli.options import Artifact, Json, Policy
 
 if TYPE_CHECKING:
     from lowtide.format.groups import GroupTensors
+    from lowtide.kernels.types import PolicyParams
 
 
 def inspect(
@@ -23,6 +24,10 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="Density, step, entropy, coded bits and importance of every layer.")
     ] = False,
+    thresholds: Annotated[
+        bool,
+        typer.Option("--thresholds", help="Thresholds of every layer and group as log2, and what ipn adds to them."),
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write these with every mask as a page.", metavar="FILE")] = None,
     png: Annotated[Path | None, typer.Option(help="Write every mask as a picture.", metavar="FOLDER")] = None,
     json: Json = False,
@@ -30,13 +35,16 @@ def inspect(
     """Show what an artifact holds, group by group and layer by layer.
 
     Shapes, stored bits and side data per weight, outliers, exact channels, thresholds at one budget. With --layers what
-    static coding made of each layer: the importance histogram counts input channels by octave around the rms.
+    static coding made of each layer: the importance histogram counts input channels by octave around the rms. With
+    --thresholds, under the rule ipn, also the gain at that budget, and the norm and the constant of the mix that makes
+    a token's offset.
 
     \b
     Examples:
       lowtide inspect smollm2.lowtide
       lowtide inspect smollm2.lowtide --bits 2.5 --policy topk --json
       lowtide inspect smollm2.lowtide --layers --html smollm2.html --png masks
+      lowtide inspect smollm2.lowtide --thresholds --policy channel-norm --bits 3
     """
     from dataclasses import asdict
 
@@ -48,8 +56,10 @@ def inspect(
     manifest = opened.manifest
     budget = manifest.budgets[len(manifest.budgets) // 2] if bits is None else parse_bits(bits)
     params = policy_params(opened, policy, budget)
-    thresholds = dict(zip((n for n in opened.groups if n != "embed"), params.thresholds.tolist(), strict=True))
-    rows = [describe(group, thresholds.get(name)) for name, group in opened.groups.items()]
+    budget = budget if params.bits is None else params.bits
+    table = dict(zip((n for n in opened.groups if n != "embed"), params.thresholds.tolist(), strict=True))
+    rows = [describe(group, table.get(name)) for name, group in opened.groups.items()]
+    cuts = threshold_rows(opened.groups, params) if thresholds else []
     found = _layers(opened, html, png) if layers or html or png else []
     weights = sum(row["weights"] for row in rows)
     file_bytes = opened.stored_bytes()
@@ -60,9 +70,9 @@ def inspect(
         # JSON has no infinity: a slice that is never read has no threshold.
         for row in rows:
             row["thresholds"] = [t if abs(t) != float("inf") else None for t in row["thresholds"]]
-        print_json(
-            {"config": asdict(opened.config), **totals, **budgets, "shown": shown, "groups": rows, "layers": found}
-        )
+        extra = {"thresholds": cuts} if thresholds else {}
+        figures = {**totals, **budgets, "shown": shown, "groups": rows, "layers": found, **extra}
+        print_json({"config": asdict(opened.config), **figures})
         return
     on_disk = f"{totals['file_bits_per_weight']:.3f} bits per weight on disk"
     print(f"{opened.config.architecture}: {weights / 1e6:.1f} M weights, {on_disk}")
@@ -76,6 +86,52 @@ def inspect(
             ("layer", "density", "step", "entropy", "coded", "importance by octave"),
             (_layer_cells(row) for row in found),
         )
+    if cuts:
+        steps = [f"{cuts[0]['unit']} {s + 1}" for s in range(manifest.slices)]
+        added = ["gain", "mix norm", "mix constant"] if params.gains is not None else []
+        print_table(("group", *steps, *added), (_threshold_cells(row) for row in cuts))
+
+
+def threshold_rows(groups: dict[str, GroupTensors], params: PolicyParams) -> list[dict[str, Any]]:
+    """The thresholds of every group but `embed`.
+
+    Returns:
+        group, unit ("log2", or for rules that do not compare scores "count" or "z"), theta (one for each slice in that
+        unit; None where a slice is never read, and -64 for log2 where it always is); under the rule `ipn` gain,
+        mix_norm (Euclidean, over the features) and mix_constant, None for the head.
+    """
+    import numpy as np
+
+    unit = {"topk": "count", "statistical-topk": "z"}.get(params.rule, "log2")
+    rows: list[dict[str, Any]] = []
+    for i, (name, group) in enumerate((n, g) for n, g in groups.items() if n != "embed"):
+        cuts = params.thresholds[i].astype(np.float64)
+        if unit == "log2":
+            cuts = np.log2(np.maximum(cuts, 2.0**-64))
+        row: dict[str, Any] = {
+            "group": name,
+            "unit": unit,
+            "theta": [float(t) if np.isfinite(t) else None for t in cuts],
+        }
+        if params.gains is not None:
+            mix = None if group.ipn is None else group.ipn.mix
+            row["gain"] = None if mix is None else float(params.gains[i])
+            row["mix_norm"] = None if mix is None else float(np.linalg.norm(mix[:-1]))
+            row["mix_constant"] = None if mix is None else float(mix[-1])
+        rows.append(row)
+    return rows
+
+
+def _threshold_cells(row: dict[str, Any]) -> list[str]:
+    def theta(cut: float | None) -> str:
+        if cut is None:
+            return "never"
+        if row["unit"] != "log2":
+            return f"{cut:.4g}"
+        return "always" if cut == -64 else f"{cut:.2f}"
+
+    added = [row[key] for key in ("gain", "mix_norm", "mix_constant") if key in row]
+    return [row["group"], *map(theta, row["theta"]), *("-" if value is None else f"{value:.3f}" for value in added)]
 
 
 def describe(group: GroupTensors, thresholds: list[float] | None) -> dict[str, Any]:
