@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import zlib
@@ -76,7 +77,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8, help=f"of --text; a verdict takes {report.MIN_WINDOWS}")
     parser.add_argument("--window", type=int, default=256, help="tokens of each")
     parser.add_argument("--bits", default="2.5,3,dense", help="budgets of each artifact")
-    parser.add_argument("--policy", help="mask rule; the one an artifact puts first by default")
+    parser.add_argument("--policy", help="mask rule or rules; the one an artifact puts first by default")
     parser.add_argument("--seeds", default="0,1,2", help="of the perturbations")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="where made files are kept")
     parser.add_argument("--label", help="name of the results file; the model's by default")
@@ -191,9 +192,10 @@ class Masked(Candidate):
         manifest = (artifact.path / MANIFEST_NAME).read_bytes()
         self.artifact, self.rule, self.bits = name, policy, "dense" if bits is None else bits
         self.key = f"{hashlib.sha256(manifest).hexdigest()[:12]}|{policy}|{self.bits}"
-        self._model, self._target, self._offset = model, bits, 0.0
-        self._names = [group for group in artifact.groups if group != "embed"]
         self._params: PolicyParams = policy_params(artifact, policy, bits)
+        self._model, self._offset = model, 0.0
+        self._target = self._params.bits or bits  # ipn holds a budget within the range that it was trained for
+        self._names = [group for group in artifact.groups if group != "embed"]
 
     def settle(self, windows: Sequence[Input]) -> None:
         """Move the thresholds such that clean text reads the budget."""
@@ -207,8 +209,9 @@ class Masked(Candidate):
         """(logits f32 [N, V], bits_read_body)."""
         rule = get_rule(self._params.rule)
         shifted = [rule.shift(row, self._offset) for row in self._params.thresholds]
-        params = dict(zip(self._names, shifted, strict=True))
-        return perturb.masked_logits(self._model, seen.ids, rule, params, seen.noise)
+        params, gains = dict(zip(self._names, shifted, strict=True)), self._params.gains
+        named = None if gains is None else dict(zip(self._names, gains.tolist(), strict=True))
+        return perturb.masked_logits(self._model, seen.ids, rule, params, seen.noise, named)
 
 
 def make_subject(options: argparse.Namespace) -> Subject:
@@ -240,44 +243,16 @@ def make_candidates(options: argparse.Namespace, subject: Subject) -> list[Candi
         name = names[place] if names.count(names[place]) == 1 else f"{names[place]} {place + 1}"
         norms = {n: artifact.tensor(n) for n, _ in norm_specs(artifact.config)}
         model = MaskedModel(artifact.config, artifact.groups, norms)
-        for bits in options.bits.split(","):
-            policy = options.policy or artifact.manifest.policies[0]
-            candidate = Masked(artifact, name, model, policy, parse_bits(bits))
+        policies = (options.policy or artifact.manifest.policies[0]).split(",")
+        for policy, bits in itertools.product(policies, map(parse_bits, options.bits.split(","))):
+            if bits is None and policy != policies[0]:
+                continue  # a full read has no mask
+            candidate = Masked(artifact, name, model, policy, bits)
             candidate.own_weights = artifact.manifest.model_id != source.fingerprint()
             candidates.append(candidate)
         if candidates[-1].own_weights:
             common.note(f"{name}: its weights are not {source.name}'s: trained, or another model's")
     return candidates
-
-
-def compare(seen: Input, logp: torch.Tensor, dense: torch.Tensor, own: torch.Tensor | None) -> dict[str, Any]:
-    """Figures of a window's log-probabilities f32 [N, V]; `dense`: the dense model's, `own`: the same model's on clean
-    input, or None where positions do not align."""
-    return {
-        "kl": kl(dense, logp),
-        "kl_self": None if own is None else kl(own, logp),
-        "nll": nll(seen, logp),
-        "targets": len(seen.targets) - 1,
-        "words": seen.words,
-        "characters": seen.characters,
-        "tokens": len(seen.ids),
-    }
-
-
-def nll(seen: Input, logp: torch.Tensor) -> float:
-    """Negative log-likelihood of a window's following tokens, summed, nats."""
-    return -float(logp[:-1].gather(1, seen.targets[1:, None]).double().sum())
-
-
-def softened(logp: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities f32 [N, V] at a temperature."""
-    return torch.log_softmax(logp / temperature, -1)
-
-
-def kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
-    """Mean KL(reference || ours) in nats per token of log-probabilities f32 [N, V]."""
-    mean = float((reference.exp() * (reference - ours)).sum(-1).double().mean())
-    return max(mean, 0.0)  # of a model with itself float32 leaves some -1e-9
 
 
 def measure_clean(subject: Subject, candidates: list[Candidate], place: int, keep: Keep) -> None:
@@ -289,8 +264,10 @@ def measure_clean(subject: Subject, candidates: list[Candidate], place: int, kee
     dense = torch.log_softmax(candidates[0].logits(clean)[0], -1)
     for candidate, record in zip(candidates, keys, strict=True):
         logits, bits = candidate.logits(clean)
-        figures = compare(clean, torch.log_softmax(logits, -1), dense, None)
-        curve = [nll(clean, softened(dense, t)) for t in TEMPERATURES] if candidate is candidates[0] else None
+        figures = report.compare(clean, torch.log_softmax(logits, -1), dense, None)
+        curve = (
+            [report.nll(clean, report.softened(dense, t)) for t in TEMPERATURES] if candidate is candidates[0] else None
+        )
         keep.add(record | {"bits": bits, "curve": curve} | figures)
 
 
@@ -311,10 +288,12 @@ def measure_window(subject: Subject, candidates: list[Candidate], place: int, se
             if candidate is not candidates[0]:
                 logits, bits = candidate.logits(seen)
                 logp = torch.log_softmax(logits, -1)
-            record |= {"bits": bits} | compare(seen, logp, dense, own if aligned else None)
-            soft = softened(dense, candidate.temperature)
-            record["nll_soft"] = nll(seen, soft)
-            record["kl_self_soft"] = kl(softened(clean_logp[0], candidate.temperature), soft) if aligned else None
+            record |= {"bits": bits} | report.compare(seen, logp, dense, own if aligned else None)
+            soft = report.softened(dense, candidate.temperature)
+            record["nll_soft"] = report.nll(seen, soft)
+            record["kl_self_soft"] = (
+                report.kl(report.softened(clean_logp[0], candidate.temperature), soft) if aligned else None
+            )
             keep.add(record)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import common
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Record = dict[str, Any]
@@ -47,6 +48,39 @@ TESTS = {
     "drifts": "KL grows",
 }
 """The paired tests and the columns they stand in."""
+
+
+def compare(seen: Any, logp: torch.Tensor, dense: torch.Tensor, own: torch.Tensor | None) -> dict[str, Any]:
+    """Figures of a window's log-probabilities f32 [N, V].
+
+    seen: its robustness.Input. dense: the dense model's on the same input. own: the same model's on clean input, None
+    where positions do not align.
+    """
+    return {
+        "kl": kl(dense, logp),
+        "kl_self": None if own is None else kl(own, logp),
+        "nll": nll(seen, logp),
+        "targets": len(seen.targets) - 1,
+        "words": seen.words,
+        "characters": seen.characters,
+        "tokens": len(seen.ids),
+    }
+
+
+def nll(seen: Any, logp: torch.Tensor) -> float:
+    """Negative log-likelihood of a window's following tokens, summed, nats."""
+    return -float(logp[:-1].gather(1, seen.targets[1:, None]).double().sum())
+
+
+def softened(logp: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities f32 [N, V] at a temperature."""
+    return torch.log_softmax(logp / temperature, -1)
+
+
+def kl(reference: torch.Tensor, ours: torch.Tensor) -> float:
+    """Mean KL(reference || ours) in nats per token of log-probabilities f32 [N, V]."""
+    mean = float((reference.exp() * (reference - ours)).sum(-1).double().mean())
+    return max(mean, 0.0)  # of a model with itself float32 leaves some -1e-9
 
 
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:

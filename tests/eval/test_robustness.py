@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from support.tiny import ODD  # noqa: E402
+from support.tiny import ODD, make_artifact  # noqa: E402
 from support.twin import make_twins  # noqa: E402
 
 from lowtide.arch import norm_specs  # noqa: E402
@@ -168,6 +168,23 @@ def test_weights_of_its_own_are_said(run, tmp_path):
     result = run("--quick", "--bits", "5", artifacts=(trained,))
     assert result["own_weights"] == ["trained"]
     assert [r["kl"] for r in result["rows"] if r["rule"] == "channel-norm"][0] > 0.1
+
+
+def test_the_rule_ipn_has_its_gains(run, load, tmp_path):
+    path = make_artifact(tmp_path / "trained.lowtide", policies=("ipn", "channel-norm"), budgets=(4.0, 5.0, 6.0))
+    artifact, robustness = open_artifact(path), load("robustness")
+    norms = {name: artifact.tensor(name) for name, _ in norm_specs(artifact.config)}
+    model = MaskedModel(artifact.config, artifact.groups, norms)
+    seen = robustness.Input(torch.tensor([1, 40, 77, 12, 99]), torch.tensor([1, 40, 77, 12, 99]), 5, 5)
+    logits, bits = robustness.Masked(artifact, "trained", model, "ipn", 5.0).logits(seen)
+    stored = {name: g for name, g in artifact.groups.items() if name != "embed"}
+    params = {name: g.thresholds[0, 1] for name, g in stored.items()}
+    gains = {name: 0.0 if g.ipn.gain is None else float(g.ipn.gain[1]) for name, g in stored.items()}
+    want, want_bits = model.logits(seen.ids[None], get_rule("ipn"), params, gains)
+    assert torch.equal(logits, want[0]) and bits == want_bits
+    assert not torch.equal(logits, model.logits(seen.ids[None], get_rule("ipn"), params)[0][0])
+    result = run("--quick", "--bits", "5", "--policy", "ipn,channel-norm", artifacts=(path,))
+    assert {r["rule"] for r in result["rows"]} == {"dense", "ipn", "channel-norm"}
 
 
 # ---- tests of differences and the verdict ----

@@ -185,13 +185,17 @@ def masked_logits(
     rule: Rule,
     params: Mapping[str, Any],
     noise: torch.Tensor | None = None,
+    gains: Mapping[str, float] | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """(logits f32 [N, V], bits_read_body) of a masked model on ids i64 [N], noise f32 [N, D] on its embeddings."""
+    """(logits f32 [N, V], bits_read_body) of a masked model on ids i64 [N], noise f32 [N, D] on its embeddings.
+
+    rule, params, gains: see `MaskedModel.logits`.
+    """
     if noise is not None:
         # a copy whose embedding table is the window itself, so that every way of masking works on it unchanged
         model, rows = copy.copy(model), model.embedding[ids] + noise
         model.embedding, ids = rows, torch.arange(len(rows))
-    logits, bits = model.logits(ids[None], rule, params)
+    logits, bits = model.logits(ids[None], rule, params, gains)
     return logits[0], bits
 
 
