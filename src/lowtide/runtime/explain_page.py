@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,9 +75,10 @@ def page(explanation: Explanation) -> str:
 
 
 def number(x: float) -> str:
-    """Figures without an exponent; the script's `num` writes them alike."""
+    """Figures without an exponent; the script's `num` writes them alike (its toFixed rounds ties away from 0)."""
     a = abs(x)
-    return f"{x:.{0 if a >= 100 else 1 if a >= 10 else 2 if a >= 1 else 3 if a >= 0.1 else 0 if a == 0 else 4}f}"
+    digits = 0 if a >= 100 or a == 0 else 1 if a >= 10 else 2 if a >= 1 else 3 if a >= 0.1 else 4
+    return str(Decimal(x).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
 def shown(text: str) -> str:
@@ -141,7 +143,7 @@ def _environment(slices: int, head_dim: int) -> jinja2.Environment:
     environment.filters |= {
         "num": number,
         "signed": lambda x: ("−" if x < 0 else "+") + number(abs(x)),
-        "percent": lambda x: f"{100 * x:.1f} %",
+        "percent": lambda x: f"{100 * x:.1f}\u00a0%",
         "shown": shown,
         "line": line,
         "dots": lambda level: "●" * level + "○" * (slices - level),

@@ -7,7 +7,7 @@
     return x.toFixed(a >= 100 ? 0 : a >= 10 ? 1 : a >= 1 ? 2 : a >= 0.1 ? 3 : a === 0 ? 0 : 4);
   };
   const signed = (x) => (x < 0 ? "−" : "+") + num(Math.abs(x));
-  const percent = (x) => (100 * x).toFixed(1) + " %";
+  const percent = (x) => (100 * x).toFixed(1) + "\u00a0%";
   const shown = (s) =>
     s.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\x7f", "␡")
       .replace(/[\x00-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)));
@@ -29,7 +29,7 @@
       `<i>${signed(product)}</i><s>${bits === 16 ? "exact" : bits + " bits"}</s></li>`).join("") +
     "</ol>";
   const offsets = (layer) =>
-    '<ol class="plain">' +
+    '<ol class="plain by">' +
     e.kinds.map((kind, k) =>
       `<li><b>${kind}</b><i class="${layer.offsets[k] > 0 ? "up" : "low"}">${signed(layer.offsets[k])}</i>` +
       `<span>${layer.drivers[k].slice(0, 2).map(([c, part]) => `${c} ${signed(part)}`).join(", ")}</span></li>`).join("") +
