@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +77,133 @@ def importance(
         f"{out}: held-out KL {figures['kl_before']:.4f} -> {figures['kl_after']:.4f} (mean over sparsities 0.5, 0.6 "
         f"and 0.7, no weight updates), step {figures['best_step']} of {figures['steps']}, {figures['seconds']:.0f} s"
     )
+
+
+@app.command()
+def ipn(
+    artifact: Annotated[Path, typer.Argument(help="Artifact to add the learned rule to.")],
+    model: Annotated[str, typer.Argument(help="The model it was made from: folder, hub id or .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Artifact to write.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to train on. [default: the model writes its own]", metavar="FILE")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text, at most.")] = 65_536,
+    bits: Annotated[str, typer.Option(help="Lowest and highest budget to train for.", metavar="LOW,HIGH")] = "2,4",
+    steps: Annotated[int, typer.Option(help="Steps end to end, after the self-supervised start.")] = 100,
+    windows: Annotated[int, typer.Option(help="Windows of a step; fewer need less memory.")] = 8,
+    features: Annotated[int, typer.Option(help="Features of each probe.")] = 16,
+    parts: Annotated[str, typer.Option(help="What learns.")] = "importance,theta,offset",
+    sparsity_loss: Annotated[
+        str, typer.Option(help="hinge (a budget that is kept) or l1 (open masks' mean).")
+    ] = "hinge",
+    l1: Annotated[float, typer.Option("--l1", help="Weight of the l1 term.")] = 1.0,
+    consistency: Annotated[float, typer.Option(help="Weight of the mask consistency term.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Train the importance prediction network: what each token needs to read. The weights stay as they are.
+
+    \b
+    Examples:
+      lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt
+      lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --steps 0
+    """
+    from lowtide.cli.progress import progress_bar
+    from lowtide.learn.ipn_loss import Prices
+    from lowtide.learn.ipn_train import IpnOptions
+    from lowtide.learn.run_ipn import learn_ipn
+
+    options = IpnOptions(
+        steps=steps,
+        bits=_budgets(bits),
+        windows=windows,
+        features=features,
+        parts=tuple(p.strip() for p in parts.split(",")),
+        prices=Prices(sparsity_loss, l1=l1, consistency=consistency),
+        seed=seed,
+    )
+    with progress_bar() as report:
+        figures = learn_ipn(artifact, model, out, options, text, tokens, resume, force, report)
+    _tell(figures, json)
+
+
+@app.command()
+def joint(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Artifact to write.")],
+    bits: Annotated[float, typer.Option(help="Budget to train for, bits read per weight.")] = 2.5,
+    high: Annotated[
+        float | None, typer.Option(help="Highest budget that the dial shall reach. [default: 1.5 above]")
+    ] = None,
+    focus: Annotated[float, typer.Option(help="Part of the steps that train the budget itself.")] = 0.7,
+    artifact: Annotated[
+        Path | None, typer.Option(help="Artifact of the model to begin with. [default: compress it first]")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to train on. [default: the model writes its own]", metavar="FILE")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text, at most.")] = 262_144,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
+    windows: Annotated[int, typer.Option(help="Windows of a step; fewer need less memory.")] = 8,
+    weight_rate: Annotated[float, typer.Option(help="Adam's rate for weights, relative to their size.")] = 0.002,
+    consistency: Annotated[float, typer.Option(help="Weight of the mask consistency term.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Train the model and what it reads together, against the dense model. The result is an ordinary artifact.
+
+    \b
+    Examples:
+      lowtide learn joint ./SmolLM2-135M smol.lowtide --bits 2.5 --text wiki.txt
+      lowtide learn joint ./stories15M stories.lowtide --bits 2 --steps 400
+    """
+    from lowtide.cli.progress import progress_bar
+    from lowtide.learn.ipn_loss import Prices
+    from lowtide.learn.ipn_train import IpnOptions
+    from lowtide.learn.run_ipn import learn_joint
+
+    options = IpnOptions(
+        steps=steps,
+        bits=(bits, bits + 1.5 if high is None else high),
+        focus=focus,
+        windows=windows,
+        weight_rate=weight_rate,
+        prices=Prices(consistency=consistency),
+        seed=seed,
+    )
+    with progress_bar() as report:
+        figures = learn_joint(model, out, options, artifact, text, tokens, None, resume, force, report)
+    _tell(figures, json)
+
+
+def _tell(figures: dict[str, Any], json: bool) -> None:
+    from lowtide.cli.output import print_json
+
+    if json:
+        print_json(figures)
+        return
+    if figures["diverged"]:
+        typer.echo(f"lowtide: the loss diverged at step {figures['steps']}; kept step {figures['best_step']}", err=True)
+    points = zip(figures["before"], figures["after"], strict=True)
+    held = "; ".join(f"{b['bits']:g} bits: {b['kl']:.4f} -> {a['kl']:.4f} (read {a['read']:.2f})" for b, a in points)
+    print(
+        f"{figures['out']}: held-out KL at {held}; step {figures['best_step']} of {figures['steps']}, "
+        f"{figures['trained_tokens']} tokens, {figures['seconds']:.0f} s"
+    )
+
+
+def _budgets(text: str) -> tuple[float, float]:
+    from lowtide.errors import LowtideError
+
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise LowtideError(f"--bits {text}: give LOW,HIGH in bits per weight, e.g. 2,4") from None
+    return low, high
 
 
 def _range(text: str) -> tuple[float, float]:

@@ -62,7 +62,7 @@ def put_tensors(network: ImportanceNetwork, tensors: dict[str, torch.Tensor], wh
 
 def save(path: Path, network: ImportanceNetwork, about: dict[str, Any]) -> None:
     """Write a network so that a crash leaves the old file or the new one."""
-    _write(path, tensors_of(network), {"format": FORMAT, "about": json.dumps(about, sort_keys=True)})
+    write_tensors(path, tensors_of(network), {"format": FORMAT, "about": json.dumps(about, sort_keys=True)})
 
 
 def load(path: str | Path) -> tuple[ImportanceNetwork, dict[str, Any]]:
@@ -73,7 +73,7 @@ def load(path: str | Path) -> tuple[ImportanceNetwork, dict[str, Any]]:
     """
     from lowtide.learn.importance import ImportanceNetwork
 
-    tensors, metadata = _read(Path(path))
+    tensors, metadata = read_tensors(Path(path))
     if metadata.get("format") != FORMAT:
         raise LowtideError(f"{path}: is no importance network; `lowtide learn importance` makes one")
     network = ImportanceNetwork()
@@ -85,7 +85,7 @@ def load(path: str | Path) -> tuple[ImportanceNetwork, dict[str, Any]]:
     return network, about
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -95,7 +95,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
         raise LowtideError(f"{path}: cannot be written ({error})") from None
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -135,7 +135,7 @@ def save_progress(
     held = optimiser.state_dict()["state"]
     tensors |= {f"adam.{i}.{n}": torch.as_tensor(v).clone() for i, s in held.items() for n, v in s.items()}
     about = {"key": key, "step": state.step, "best_step": state.best_step, "first": state.first, "best": state.best}
-    _write(folder / "progress.safetensors", tensors, {"about": json.dumps(about)})
+    write_tensors(folder / "progress.safetensors", tensors, {"about": json.dumps(about)})
 
 
 def load_progress(
@@ -145,7 +145,7 @@ def load_progress(
     path = folder / "progress.safetensors"
     if not path.exists():
         return None
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     try:
         about = json.loads(metadata["about"])
         if about["key"] != key:

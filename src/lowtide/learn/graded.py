@@ -1,0 +1,338 @@
+"""The graded model as something to train: every token reads its own levels, and gradients pass through the masks.
+
+Forward, a group computes `y = sum_k D_k (a * m_k)`, where `D_k` is what slice k adds to the weights, `a` the input
+minus its mean and `m_k` in {0, 1} whether the token reads slice k. Backward, a mask's gradient is that of a sigmoid in
+place of the step (straight-through), and the weights' is that of a code without rounding: `dW = dy^T (a * m_0)`, for
+what level a channel is read at does not matter to a weight that moves less than its step.
+
+Products run in bfloat16, which is several times faster on processors that know it; sums, norms, softmax and the KL stay
+in float32. The int8 coefficients of the engines are left out: they cost less than a training step moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowtide.arch import LAYER_NORMS
+from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
+from lowtide.errors import LowtideError
+from lowtide.format import codec
+from lowtide.format.groups import GroupTensors
+from lowtide.format.reader import Artifact
+
+HALF = torch.bfloat16
+FEATURE_GROUPS = {"qkv": "qkv", "o": "qkv", "gate_up": "gate_up", "down": "gate_up"}
+"""Whose input the probe reads that serves a group."""
+
+
+class Masks(Protocol):
+    """What decides the levels: an `lowtide.learn.ipn.Ipn` at a budget, for one call of the model."""
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """A normed residual stream f32 [T, in] passes by, at the input of group `name`."""
+        ...
+
+    def masks(self, name: str, a: torch.Tensor) -> torch.Tensor:
+        """Masks f32 [S, T, in] of 0 and 1, nested, for the centred input a f32 [T, in] of group `name`."""
+        ...
+
+
+@dataclass
+class GradedGroup:
+    """One group: what slices add, and what is always read.
+
+    planes: S matrices [out, in] in bfloat16, D_k; always: [out, in] bfloat16, outliers and exact columns;
+    bias: f32 [out]; mean: f32 [in]; open: f32 [in], 0 for exact channels; side_bits: read whatever the mask.
+    """
+
+    name: str
+    planes: list[torch.Tensor]
+    always: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    open: torch.Tensor
+    side_bits: int
+    weight: nn.Parameter | None = None
+
+    @property
+    def out(self) -> int:
+        """Rows of all member layers."""
+        return len(self.bias)
+
+    @property
+    def inputs(self) -> int:
+        """Input channels."""
+        return len(self.mean)
+
+
+class Code:
+    """The digits of one group as a function of its weights: fixed scales, outliers and shrink factors.
+
+    With K = sum_s t_s 4^-s the code of w is `q = round((w / (r c) + K) 4^(S-1))`, and level L stands for
+    `r c gamma_L (floor(q / 4^(S-L)) 4^(1-L) - sum_{s<L} t_s 4^-s)`.
+    """
+
+    def __init__(self, group: GroupTensors) -> None:
+        self.slices = group.slices
+        self.rows = torch.from_numpy(np.concatenate([g.row_scale.astype(np.float32) for g in group.linears]))[:, None]
+        self.cols = torch.from_numpy(group.col_scale.astype(np.float32))
+        self.shrink = [float(s) for s in group.shrink]
+        halves = [c / 2 for c in group.centres]
+        self.offsets = [sum(t * 4.0**-s for s, t in enumerate(halves[: n + 1])) for n in range(self.slices)]
+        parts = [
+            codec.unpack_digits(linear.weight, linear.out_features, group.in_features, group.slices)
+            for linear in group.linears
+        ]
+        self.stored = torch.from_numpy(np.concatenate(parts))
+        fixed = np.concatenate([_fixed(group, i) for i in range(len(group.linears))])
+        self.fixed = torch.from_numpy(fixed)
+
+    def digits(self, weight: torch.Tensor) -> torch.Tensor:
+        """f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
+        steps = 4.0 ** (self.slices - 1)
+        q = (weight / self.cols).div_(self.rows).add_(self.offsets[-1]).mul_(steps).round_()
+        q = q.clamp_(0, 4 * steps - 1).to(torch.uint8)
+        return torch.where(self.fixed, self.stored, q)
+
+    def planes(self, digits: torch.Tensor) -> list[torch.Tensor]:
+        """What every slice adds: S bfloat16 [out, in]."""
+        found: list[torch.Tensor] = []
+        last: torch.Tensor | None = None
+        whole = digits.float()
+        for level in range(1, self.slices + 1):
+            top = (whole / 4.0 ** (self.slices - level)).floor_()
+            value = top.mul_(4.0 ** (1 - level)).sub_(self.offsets[level - 1]).mul_(self.shrink[level - 1])
+            found.append((value if last is None else value - last).mul(self.cols).mul_(self.rows).to(HALF))
+            last = value
+        return found
+
+
+def _fixed(group: GroupTensors, index: int) -> np.ndarray[Any, Any]:
+    """bool [out, in]: weights that training leaves alone, for they are stored exactly beside the digits."""
+    linear = group.linears[index]
+    mask = np.zeros((linear.out_features, group.in_features), bool)
+    rows, cols, _ = linear.outliers()
+    mask[rows, cols] = True
+    mask[:, group.exact_channels] = True
+    return mask
+
+
+class _Product(torch.autograd.Function):
+    """y = sum_k D_k (a * m_k) + always (a or, for exact channels, x); see the module's text for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor | None, group: GradedGroup) -> Any:
+        small = a.to(HALF)
+        y = F.linear(small, group.always).float()
+        for k, plane in enumerate(group.planes):
+            y += F.linear(small * masks[k].to(HALF), plane)
+        ctx.save_for_backward(a, masks)
+        ctx.group, ctx.train_weight = group, weight is not None and weight.requires_grad
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        a, masks = ctx.saved_tensors
+        group: GradedGroup = ctx.group
+        g = grads[0].to(HALF)
+        grad_a = (g @ group.always).float()
+        grad_masks = torch.empty_like(masks)
+        for k, plane in enumerate(group.planes):
+            passed = (g @ plane).float()
+            grad_masks[k] = passed * a
+            grad_a += passed * masks[k]
+        grad_weight = (g.T @ (a * masks[0]).to(HALF)).float() if ctx.train_weight else None
+        return grad_a, grad_masks, grad_weight, None
+
+
+class GradedModel:
+    """A compressed model to learn masks, and weights, on.
+
+    Args:
+        artifact: its scales, outliers and digits.
+        dense: the model it was made from: embedding, norms, and the weights that training begins with.
+        train_weights: hold the decoder's weights as parameters; `refresh` codes them anew.
+
+    Raises:
+        LowtideError: the artifact is of another model.
+    """
+
+    def __init__(self, artifact: Artifact, dense: DenseModel, train_weights: bool = False) -> None:
+        if artifact.manifest.model_id != dense.source.fingerprint():
+            raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
+        self.config, self.dense = dense.config, dense
+        self.codes: dict[str, Code] = {}
+        self.row_scales: dict[str, torch.Tensor] = {}
+        self.groups: dict[str, GradedGroup] = {}
+        self.norms: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, group in artifact.groups.items():
+            if name == "embed":
+                continue
+            code = Code(group)
+            self.groups[name] = _group(group, code)
+            self.row_scales[name] = code.rows[:, 0]
+            if train_weights and name != "head":
+                self.codes[name] = code
+        self.final_norm = dense.final_norm
+        for index in range(self.config.num_layers):
+            block = dense.block(index)
+            self.norms.append((block.input_norm, block.post_norm))
+        if train_weights:
+            self._train_weights()
+        self.head, self.head_bias = self._full_head()
+        table = "head" if self.config.tied else "embed"
+        self.embedding = _embedding(artifact.groups[table])
+        body = [g for name, g in self.groups.items() if name != "head"]
+        self.weights = sum(g.out * g.inputs for g in body)
+
+    def _train_weights(self) -> None:
+        """Make parameters of the decoder's weights, of the biases beside its digits, and of the norms."""
+        for index, pair in enumerate(self.norms):
+            self.norms[index] = (nn.Parameter(pair[0].clone()), nn.Parameter(pair[1].clone()))
+            for kind, weight in self.dense.block(index).weights.items():
+                group = self.groups[f"layers.{index}.{kind}"]
+                group.weight, group.bias = nn.Parameter(weight.clone()), nn.Parameter(group.bias)
+        self.final_norm = nn.Parameter(self.final_norm.clone())
+
+    def _full_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head read in full, bfloat16 [V, D], and its bias f32 [V]; its masks are left to the engine."""
+        group = self.groups["head"]
+        whole = torch.zeros(group.always.shape)
+        for plane in group.planes:
+            whole += plane
+        whole += group.always
+        return whole.to(HALF), group.bias - whole @ group.mean
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Code the weights as they are now."""
+        for name, code in self.codes.items():
+            group = self.groups[name]
+            assert group.weight is not None
+            group.planes = code.planes(code.digits(group.weight))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is under training: `GROUP.weight`, `GROUP.bias`, and the norms under their Hugging Face names."""
+        found: dict[str, nn.Parameter] = {}
+        for name, group in self.groups.items():
+            if isinstance(group.weight, nn.Parameter) and isinstance(group.bias, nn.Parameter):
+                found |= {f"{name}.weight": group.weight, f"{name}.bias": group.bias}
+        named = self.norm_tensors()
+        return found | {name: p for name, p in named.items() if isinstance(p, nn.Parameter)}
+
+    def norm_tensors(self) -> dict[str, torch.Tensor]:
+        """RMSNorm weights f32 [D] by Hugging Face tensor name."""
+        found = {"model.norm.weight": self.final_norm}
+        for index, pair in enumerate(self.norms):
+            found |= {f"model.layers.{index}.{name}": p for name, p in zip(LAYER_NORMS, pair, strict=True)}
+        return found
+
+    def hidden(
+        self, ids: torch.Tensor, masks: Masks, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids i64 [B, N] -> (what the head reads f32 [B, N, D], bits read in the body f32 [B, N], per weight).
+
+        noise: f32 [B, N, D] added to the embeddings.
+        """
+        rope = rope_tables(self.config, 0, ids.shape[1])
+        x = F.embedding(ids, self.embedding)
+        if noise is not None:
+            x = x + noise
+        bits: list[torch.Tensor] = []
+        for index in range(self.config.num_layers):
+
+            def apply(kind: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
+                name = f"layers.{index}.{kind}"
+                flat = x.reshape(-1, x.shape[-1])
+                if FEATURE_GROUPS[kind] == kind:
+                    masks.see(name, flat)
+                y, read = self.product(name, flat, masks)
+                bits.append(read)
+                return y.view(*x.shape[:-1], -1)
+
+            x = decoder_block(self.config, self.norms[index], x, apply, rope)
+        x = rms_norm(x, self.final_norm, self.config.rms_eps)
+        side = sum(g.side_bits for name, g in self.groups.items() if name != "head")
+        return x, (torch.stack(bits).sum(0).view(ids.shape) + side) / self.weights
+
+    def product(self, name: str, x: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
+        """One group: x f32 [T, in] -> (y f32 [T, out], bits read through slices f32 [T])."""
+        group = self.groups[name]
+        a = x - group.mean  # 0 for exact channels, which so are read as they are
+        chosen = masks.masks(name, a)
+        y = _Product.apply(a, chosen, group.weight, group)
+        return y + group.bias, 2.0 * group.out * chosen.sum((0, 2))
+
+
+def _embedding(group: GroupTensors) -> torch.Tensor:
+    """The embedding as engines look it up: every slice, no shrink; f32 [V, D]."""
+    code = Code(group)
+    whole = code.stored.float().mul_(4.0 ** (1 - code.slices)).sub_(code.offsets[-1]).mul_(code.cols).mul_(code.rows)
+    exact = torch.from_numpy(group.exact_part(0))
+    return torch.where(code.fixed, exact, whole)
+
+
+def _group(group: GroupTensors, code: Code) -> GradedGroup:
+    always = np.concatenate([group.exact_part(i) for i in range(len(group.linears))])
+    readable = torch.ones(group.in_features)
+    readable[torch.from_numpy(group.exact_channels.astype(np.int64))] = 0
+    return GradedGroup(
+        name=group.name,
+        planes=code.planes(code.stored),
+        always=torch.from_numpy(always).to(HALF),
+        bias=torch.from_numpy(np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])),
+        mean=torch.from_numpy(group.mean.astype(np.float32)),
+        open=readable,
+        side_bits=8 * group.side_bytes(),
+    )
+
+
+class _HeadKL(torch.autograd.Function):
+    """Mean over tokens of KL(dense || ours), logits never kept: forward and gradient in one pass over chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, model: GradedModel, dense_head: torch.Tensor
+    ) -> Any:
+        grad, total = torch.empty_like(ours), 0.0
+        for start in range(0, len(ours), 256):
+            part = slice(start, start + 256)
+            logp = F.linear(theirs[part].to(HALF), dense_head).float().log_softmax(-1)
+            logq = F.linear(ours[part].to(HALF), model.head).float().add_(model.head_bias).log_softmax(-1)
+            p = logp.exp()
+            total += float((p * (logp - logq)).sum())
+            grad[part] = (logq.exp_().sub_(p)).to(HALF) @ model.head
+        ctx.save_for_backward(grad / len(ours))
+        return torch.tensor(total / len(ours))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0] * grads[0], None, None, None
+
+
+def head_kl(model: GradedModel, ours: torch.Tensor, theirs: torch.Tensor, dense_head: torch.Tensor) -> torch.Tensor:
+    """Distillation loss, nats per token: ours, theirs f32 [..., D], what the heads read; dense_head bfloat16 [V, D]."""
+    width = ours.shape[-1]
+    result = _HeadKL.apply(ours.reshape(-1, width), theirs.reshape(-1, width), model, dense_head)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def budget_tables(artifact: Artifact, policy: str = "channel-norm") -> tuple[list[float], Mapping[str, torch.Tensor]]:
+    """The thresholds that learning starts from: the grid of budgets, and f32 [B, S] in log2 for every group."""
+    manifest = artifact.manifest
+    if policy not in manifest.policies:
+        raise LowtideError(f"the artifact stores no thresholds for {policy}; compress it with the default policies")
+    index = manifest.policies.index(policy)
+    found = {}
+    for name, group in artifact.groups.items():
+        if name != "embed":
+            found[name] = torch.from_numpy(np.log2(np.clip(group.thresholds[index], 2.0**-40, 2.0**40)))
+    return list(manifest.budgets), found

@@ -1,0 +1,236 @@
+"""The importance prediction network: which weights matter for this input.
+
+Reference form, `Ipn.scores(x, W)`: a batch of inputs and a weight matrix in, one importance for each weight out,
+
+    log2 score_tij = log2 |x_tj - mean_j| + log2 |w_ij| + (log2 w_j - log2 norm_j) + gain o_t
+
+differentiable in everything. Pooled over a column (root mean square over the rows) the first two terms become
+`|x_tj - mean_j| * norm_j`, so the runtime form `|x_tj - mean_j| * w_j * 2^(gain o_t)` is the same function at the
+granularity that bytes can be skipped at; tests hold one against the other.
+
+o_t, the token's offset of the waterline, is read off the residual stream: after each RMSNorm a probe of H features,
+`f = relu(P x + b)`, and for each group `o = clip(mix . [f, 1])`. Why the token and not the channel: an oracle that
+knows every token's gradient saves half the distortion by moving whole tokens and less than 1 % more by moving single
+channels (docs/dynamic.md has the study).
+
+theta is a function of the budget: the untrained thresholds (reverse water-filling, compress/thresholds.py) plus learned
+corrections that are linear in the bits, `theta(B) = theta_0(B) + delta + slope (B - 3)`, constant outside the budgets
+trained for. So is the offset's gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lowtide.learn.graded import FEATURE_GROUPS
+
+LIMIT = 4.0
+"""Largest offset, log2 of the score: two levels."""
+MIDDLE = 3.0
+"""Budget around which what depends on it is linear."""
+TINY = 1e-30
+
+
+class _Open(torch.autograd.Function):
+    """1 where z > 0, with the gradient of sigmoid(z / tau)."""
+
+    @staticmethod
+    def forward(ctx, z: torch.Tensor, tau: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(z)
+        ctx.tau = tau
+        return (z > 0).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):  # type: ignore[no-untyped-def]
+        (z,) = ctx.saved_tensors
+        s = torch.sigmoid(z / ctx.tau)
+        return grads[0] * s * (1 - s) / ctx.tau, None
+
+
+class _Clip(torch.autograd.Function):
+    """Clipping whose gradient passes where it leads back inside."""
+
+    @staticmethod
+    def forward(ctx, z: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(z)
+        return z.clamp(-LIMIT, LIMIT)
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):  # type: ignore[no-untyped-def]
+        (z,) = ctx.saved_tensors
+        g = grads[0]
+        return torch.where(((z > LIMIT) & (g < 0)) | ((z < -LIMIT) & (g > 0)), 0.0, g)
+
+
+class Ipn(nn.Module):
+    """Parameters for all groups of a model.
+
+    Args:
+        importance: the untrained importance f32 [in] of every group, head included (0 for exact channels).
+        grid: budgets in bits per weight, ascending; tables: thresholds f32 [B, S] in log2 of every group.
+        features: H of every probe; 0 for no offset.
+        seed: of the probes' first weights.
+        parts: which ingredients learn: importance, theta, offset.
+        low, high: budgets that are trained for, bits per weight.
+    """
+
+    PARTS = ("importance", "theta", "offset")
+
+    def __init__(
+        self,
+        importance: Mapping[str, torch.Tensor],
+        grid: list[float],
+        tables: Mapping[str, torch.Tensor],
+        features: int = 16,
+        seed: int = 0,
+        parts: tuple[str, ...] = PARTS,
+        low: float = 2.0,
+        high: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        generator = torch.Generator().manual_seed(seed)
+        self.grid, self.tables, self.parts = grid, dict(tables), parts
+        self.features = features if "offset" in parts else 0
+        self.start = {name: v.clamp_min(TINY).log2() for name, v in importance.items()}
+        self.open = {name: (v > 0).float() for name, v in importance.items()}
+        table: dict[str, nn.Parameter] = {}
+
+        def learn(name: str, what: str, value: torch.Tensor) -> None:
+            table[_key(name, what)] = nn.Parameter(value)
+
+        for name, v in importance.items():
+            if "importance" in parts:
+                learn(name, "importance", torch.zeros_like(v))
+            if name == "head":
+                continue
+            if "theta" in parts:
+                learn(name, "delta", torch.zeros(tables[name].shape[1]))
+                learn(name, "slope", torch.zeros(tables[name].shape[1]))
+            if self.features:
+                learn(name, "mix", torch.zeros(self.features + 1))
+                learn(name, "gain", torch.zeros(1))
+                if FEATURE_GROUPS[_kind(name)] == _kind(name):
+                    probe = torch.randn(self.features, len(v), generator=generator) / math.sqrt(len(v))
+                    learn(name, "probe", probe)
+                    learn(name, "bias", torch.zeros(self.features))
+        self.table = nn.ParameterDict(table)
+
+    def get(self, name: str, what: str) -> nn.Parameter | None:
+        """A group's parameter, None if it does not learn that."""
+        key = _key(name, what)
+        return self.table[key] if key in self.table else None
+
+    def log_importance(self, name: str) -> torch.Tensor:
+        """log2 w_j, f32 [in]."""
+        learned = self.get(name, "importance")
+        return self.start[name] if learned is None else self.start[name] + learned
+
+    def theta(self, name: str, bits: float) -> torch.Tensor:
+        """Thresholds f32 [S] in log2 at a budget."""
+        base = self._between(self.tables[name], bits)
+        delta, slope = self.get(name, "delta"), self.get(name, "slope")
+        if delta is None or slope is None:
+            return base
+        return base + delta + slope * self._tilt(bits)
+
+    def _tilt(self, bits: float) -> float:
+        """What corrections are linear in."""
+        return min(max(bits, self.low), self.high) - MIDDLE
+
+    def _between(self, table: torch.Tensor, bits: float) -> torch.Tensor:
+        """Rows of the grid interpolated; outside of it the nearest."""
+        bits = min(max(bits, self.grid[0]), self.grid[-1])
+        high = min(range(len(self.grid)), key=lambda i: (self.grid[i] < bits, abs(self.grid[i] - bits)))
+        low = max(high - 1, 0)
+        if high == low or self.grid[high] == self.grid[low]:
+            return table[high]
+        part = (bits - self.grid[low]) / (self.grid[high] - self.grid[low])
+        return torch.lerp(table[low], table[high], part)
+
+    def gain(self, name: str, bits: float) -> torch.Tensor:
+        """Weight of the offset at a budget: 1 at MIDDLE bits, not negative."""
+        gain = self.get(name, "gain")
+        return torch.ones(1) if gain is None else (1 + gain * self._tilt(bits)).clamp_min(0)
+
+    def feature_values(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Features f32 [T, H] of the residual stream x f32 [T, in] at the input of group `name` (qkv or gate_up)."""
+        probe, bias = self.get(name, "probe"), self.get(name, "bias")
+        assert probe is not None and bias is not None
+        return torch.relu(x @ probe.T + bias)
+
+    def offset(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """o f32 [T] from the features f32 [T, H] of the probe that serves the group."""
+        mix = self.get(name, "mix")
+        assert mix is not None
+        clipped = _Clip.apply(features @ mix[:-1] + mix[-1])
+        assert isinstance(clipped, torch.Tensor)
+        return clipped
+
+    def scores(
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The reference form: log2 importance f32 [T, out, in] of every weight for every input.
+
+        x: f32 [T, in]; weight: f32 [out, in]; mean: f32 [in]; shift: gain o, f32 [T], 0 if None.
+        """
+        norm = weight.pow(2).mean(0).sqrt()
+        column = (x - mean).abs().clamp_min(TINY).log2() + self.log_importance(name) - norm.clamp_min(TINY).log2()
+        scores = column[:, None, :] + weight.abs().clamp_min(TINY).log2()
+        return scores if shift is None else scores + shift[:, None, None]
+
+    def side_bits(self, name: str) -> int:
+        """Bits of the network that a token reads for a group, its importance (in the place of the fixed one) apart."""
+        if not self.features or name == "head":
+            return 0
+        own = 32 * (self.features + 1) + 32
+        probe = self.get(name, "probe")
+        return own + (0 if probe is None else 8 * probe.numel() + 64 * self.features)
+
+
+class At:
+    """An Ipn at one budget, for one pass of a model: the `Masks` that `GradedModel` asks.
+
+    shift moves every threshold (log2), tau is the temperature of the masks' gradient in levels' log2 units.
+    offsets[name], margins[name] keep o f32 [T] and, with keep_margins, log2 score - theta f32 [S, T, in].
+    """
+
+    def __init__(self, ipn: Ipn, bits: float, shift: float = 0.0, tau: float = 0.7, keep_margins: bool = False) -> None:
+        self.ipn, self.bits, self.shift, self.tau = ipn, bits, shift, tau
+        self.keep_margins = keep_margins
+        self.offsets: dict[str, torch.Tensor] = {}
+        self.margins: dict[str, torch.Tensor] = {}
+        self._features: dict[str, torch.Tensor] = {}
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """Features of the residual stream. Scores do not pass gradients to what they are computed from: a weight
+        should not move to please a mask."""
+        if self.ipn.features:
+            self._features = {_kind(name): self.ipn.feature_values(name, x.detach())}
+
+    def masks(self, name: str, a: torch.Tensor) -> torch.Tensor:
+        """See `Masks`."""
+        ipn = self.ipn
+        score = a.detach().abs().clamp_min(TINY).log2() + ipn.log_importance(name)
+        if ipn.features and name != "head":
+            offset = ipn.offset(name, self._features[FEATURE_GROUPS[_kind(name)]])
+            self.offsets[name] = offset
+            score = score + (ipn.gain(name, self.bits) * offset)[:, None]
+        margins = score[None] - (ipn.theta(name, self.bits) + self.shift)[:, None, None]
+        if self.keep_margins:
+            self.margins[name] = margins
+        masks = _Open.apply(margins, self.tau)
+        assert isinstance(masks, torch.Tensor)
+        return masks * ipn.open[name]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _key(name: str, what: str) -> str:
+    return f"{name.replace('.', '/')}/{what}"

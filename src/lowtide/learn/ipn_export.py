@@ -1,0 +1,161 @@
+"""From a trained network to an artifact: stored dtypes, thresholds for every budget, and trained weights' digits.
+
+Thresholds are set last and on what is stored: for each budget of the artifact's grid one shift of all of them is
+solved for, so that the bits read on calibration text, side data counted, are the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lowtide.arch import norm_specs
+from lowtide.errors import LowtideError
+from lowtide.format import codec
+from lowtide.format.card import CARD_NAME
+from lowtide.format.groups import GroupTensors, IpnTensors
+from lowtide.format.manifest import CONFIG_NAME, WEIGHTS_NAME
+from lowtide.format.reader import Artifact
+from lowtide.format.writer import ArtifactWriter
+from lowtide.learn.graded import GradedModel
+from lowtide.learn.ipn import At, Ipn
+
+WINDOWS = 8
+"""Windows that thresholds are set on."""
+ROUNDS = 2
+"""Passes over them for each budget: a shift changes the inputs of the layers behind a little."""
+
+
+@torch.no_grad()
+def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
+    """The network's tensors in stored dtypes, gains left empty; the network itself is rounded to them."""
+    found = {}
+    for name, start in ipn.start.items():
+        log = ipn.log_importance(name)
+        importance = torch.where(ipn.open[name] > 0, log.exp2(), 0.0).clamp_max(65504.0).to(torch.float16)
+        rounded = importance.float().clamp_min(2.0**-24).log2()
+        learned = ipn.get(name, "importance")
+        if learned is not None:
+            learned.copy_(rounded - start)
+        fields = {}
+        probe, mix = ipn.get(name, "probe"), ipn.get(name, "mix")
+        if probe is not None:
+            scale = probe.abs().amax(1).clamp_min(1e-12) / 127
+            digits = (probe / scale[:, None]).round()
+            probe.copy_(digits * scale[:, None])
+            bias = ipn.get(name, "bias")
+            assert bias is not None
+            fields = {
+                "probe": digits.to(torch.int8).numpy(),
+                "scale": scale.numpy(),
+                "bias": bias.detach().numpy().copy(),
+            }
+        if mix is not None:
+            fields["mix"] = mix.detach().numpy().copy()
+        found[name] = IpnTensors(importance=importance.numpy(), **fields)
+    return found
+
+
+@torch.no_grad()
+def thresholds(
+    model: GradedModel, ipn: Ipn, ids: torch.Tensor, report: Callable[[int, int], None] = lambda *_: None
+) -> tuple[dict[str, np.ndarray], list[float]]:  # type: ignore[type-arg]
+    """f32 [B, S] for every group on the text ids i64 [B, N], and the bits that each budget then reads there."""
+    tables: dict[str, list[torch.Tensor]] = {name: [] for name in ipn.start}
+    reads, shift = [], 0.0
+    for index, bits in enumerate(ipn.grid):
+        full = index == len(ipn.grid) - 1
+        if not full:
+            shift, read = _shift_for(model, ipn, ids, bits, shift)
+            reads.append(read)
+        for name, rows in tables.items():
+            base = ipn.tables[name][index]
+            moved = base if full or name == "head" else ipn.theta(name, bits) + shift
+            rows.append(torch.cummax(moved, 0).values)
+        report(index + 1, len(ipn.grid))
+    found = {}
+    for name, rows in tables.items():
+        log = torch.stack(rows)
+        never = ipn.tables[name] >= 39.9  # infinite, before it became finite for learning
+        found[name] = torch.where(never, torch.inf, log.exp2()).float().numpy()
+    return found, reads
+
+
+def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shift: float) -> tuple[float, float]:
+    """(shift, bits then read): solved on the margins of one pass, in turn with passes."""
+    side = sum(g.side_bits for n, g in model.groups.items() if n != "head") / model.weights
+    read = 0.0
+    for _ in range(ROUNDS):
+        at = At(ipn, bits, shift, keep_margins=True)
+        model.hidden(ids, at)
+        curves = []
+        for name, margins in at.margins.items():
+            flat = torch.where(ipn.open[name] > 0, margins, -torch.inf).reshape(-1)
+            flat = flat[:: max(1, len(flat) >> 18) | 1]
+            curves.append((flat.sort().values, 2.0 * model.groups[name].out * margins.shape[0] * margins.shape[2]))
+        low, high = -8.0, 8.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            read = side
+            for ordered, most in curves:
+                above = len(ordered) - int(torch.searchsorted(ordered, torch.tensor(middle), right=True))
+                read += most * above / len(ordered) / model.weights
+            low, high = (middle, high) if read > bits else (low, middle)
+        shift += (low + high) / 2
+    return shift, read
+
+
+def gains(ipn: Ipn, name: str) -> np.ndarray:  # type: ignore[type-arg]
+    """The offset's weight at every budget, f32 [B]."""
+    with torch.no_grad():
+        return np.array([float(ipn.gain(name, bits)) for bits in ipn.grid], np.float32)
+
+
+def write_weights(artifact: Artifact, model: GradedModel, out: Path, stats: dict[str, object]) -> None:
+    """The artifact again with the trained weights' digits, biases and norms; policies and everything else stay.
+
+    Raises:
+        LowtideError: a bias that left float16's range, or no room.
+    """
+    manifest = artifact.manifest
+    with ArtifactWriter(out, force=True) as writer:
+        for name, group in artifact.groups.items():
+            trained = name in model.codes
+            writer.add_group(_with_weights(group, model, name) if trained else group)
+        norms = model.norm_tensors()
+        for name, _ in norm_specs(manifest.config):
+            writer.add_tensor(name, norms[name].detach().float().numpy())
+        for name in manifest.files:
+            if name not in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+                writer.add_file(name, artifact.file(name))
+        writer.finish(
+            config=manifest.config,
+            slices=manifest.slices,
+            budgets=manifest.budgets,
+            policies=manifest.policies,
+            model_id=manifest.model_id,
+            stats={k: v for k, v in manifest.stats.items() if k != "entropy"} | stats,
+            zero=manifest.zero,
+            coding=manifest.coding,
+            ipn=manifest.ipn,
+        )
+
+
+def _with_weights(group: GroupTensors, model: GradedModel, name: str) -> GroupTensors:
+    trained = model.groups[name]
+    assert trained.weight is not None
+    digits = model.codes[name].digits(trained.weight.detach()).numpy()
+    bias = trained.bias.detach().to(torch.float16).numpy()
+    if not np.isfinite(bias).all():
+        raise LowtideError(f"{name}: a trained bias left float16's range; lower --weight-rate")
+    linears, first = [], 0
+    for linear in group.linears:
+        rows = slice(first, first + linear.out_features)
+        packed = codec.pack_digits(digits[rows], group.slices)
+        linears.append(dataclasses.replace(linear, weight=packed, bias=bias[rows]))
+        first += linear.out_features
+    return dataclasses.replace(group, linears=linears)

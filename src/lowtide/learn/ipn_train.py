@@ -1,0 +1,161 @@
+"""Training the importance prediction network, alone or together with the model it masks.
+
+Every step draws a budget, so one network serves all of them; joint training draws the budget asked for more often than
+the rest. The target of the hinge is ramped down from one bit above. Held-out windows decide which step is kept: the
+mean over budgets of log KL, corrected for bits that differ from the budget (`ipn_loss.ELASTICITY`).
+
+Step n draws from a generator seeded by (seed, n), so a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowtide.errors import LowtideError
+from lowtide.learn.graded import HALF, GradedModel, head_kl
+from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.ipn_loss import ELASTICITY, Prices, loss_of
+
+Report = Callable[[str, int, int], None]
+"""`report(stage, done, total)`; stages: sample, probe, train, thresholds."""
+DIVERGED = math.log(2.0)
+"""Training stops when the held-out value is this much above where it began."""
+WARM = 10
+
+
+@dataclass(frozen=True)
+class IpnOptions:
+    """How to train.
+
+    Attributes:
+        steps: of end-to-end training; 0 leaves the self-supervised start.
+        bits: lowest and highest budget; focus: probability of drawing the lowest.
+        windows: of a step; ramp: part of the steps in which the target comes down.
+        rate, probe_rate: of Adam, for thresholds, importances and mixes, and for probes.
+        weight_rate: for the model's weights, biases and norms, relative to each matrix's root mean square; 0 leaves the
+            model alone.
+        tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
+        features: H of each probe. parts: ingredients that learn. check_every: steps between looks at held-out windows.
+        seed: of everything drawn.
+    """
+
+    steps: int = 100
+    bits: tuple[float, float] = (2.0, 4.0)
+    focus: float = 0.0
+    windows: int = 8
+    ramp: float = 0.3
+    rate: float = 0.02
+    probe_rate: float = 0.001
+    weight_rate: float = 0.0
+    tau: float = 0.7
+    prices: Prices = field(default_factory=Prices)
+    features: int = 16
+    parts: tuple[str, ...] = Ipn.PARTS
+    check_every: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.bits
+        if not 0 < low < high:
+            raise LowtideError(f"--bits {low:g},{high:g}: two budgets in bits per weight, ascending")
+        if self.steps < 0 or self.windows < 1:
+            raise LowtideError(f"--steps {self.steps}, --windows {self.windows}: must be 0 and 1 or more")
+        if not 1 <= self.features <= 64:
+            raise LowtideError(f"--features {self.features}: must be 1 to 64")
+        unknown = set(self.parts) - set(Ipn.PARTS)
+        if unknown or not self.parts:
+            raise LowtideError(f"--parts: known are {', '.join(Ipn.PARTS)}")
+
+
+@dataclass
+class Learner:
+    """A model, its network and the windows i64 [B, N] to learn on; the last `held` are for checking."""
+
+    model: GradedModel
+    ipn: Ipn
+    ids: torch.Tensor
+    options: IpnOptions
+
+    def __post_init__(self) -> None:
+        if len(self.ids) < 3:
+            raise LowtideError(
+                f"training needs three windows of {self.ids.shape[1]} tokens or more; give a longer --text"
+            )
+        self.dense_head = self.model.dense.head_weight.to(HALF)
+        self._held_hidden: torch.Tensor | None = None
+
+    @property
+    def held(self) -> int:
+        """Windows held out: a tenth, one at least and eight at most."""
+        return min(8, max(1, len(self.ids) // 10))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that learns, by name."""
+        own = {f"ipn/{k}": p for k, p in self.ipn.table.items() if not k.startswith("head/")}
+        return own | {f"model/{k}": p for k, p in self.model.parameters().items()}
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Adam with a rate for each kind of parameter; `rate0` is the one that schedules start from."""
+        o = self.options
+        groups = []
+        for name, p in self.parameters().items():
+            if name.startswith("model/"):
+                rate = o.weight_rate * float(p.detach().pow(2).mean().sqrt().clamp_min(1e-3))
+            elif name.endswith(("/probe", "/bias")):
+                rate = o.probe_rate
+            else:
+                rate = o.rate
+            groups.append({"params": [p], "lr": rate, "rate0": rate})
+        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def step(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
+        """One step; returns its budget, bits and KL. Not finite: nothing is changed."""
+        o = self.options
+        draw = torch.Generator().manual_seed(o.seed * 1_000_003 + number)
+        rows = torch.randint(0, len(self.ids) - self.held, (o.windows,), generator=draw)
+        low, high = o.bits
+        at_low, spread = torch.rand(2, generator=draw).tolist()
+        bits = low if at_low < o.focus else low + (high - low) * spread
+        ids = self.ids[rows]
+        theirs = self.model.dense.hidden(ids)
+        at = At(self.ipn, bits, tau=o.tau, keep_margins=o.prices.needs_margins)
+        self.model.refresh()
+        hidden, read = self.model.hidden(ids, at)
+        kl = head_kl(self.model, hidden, theirs, self.dense_head)
+        ramp = max(0.0, 1.0 - number / max(o.ramp * o.steps, 1.0))
+        loss = loss_of(o.prices, self.model, kl, read, bits + ramp, at)
+        figures = {"bits": bits, "read": float(read.detach().mean()), "kl": float(kl.detach()), "tokens": ids.numel()}
+        optimiser.zero_grad()
+        if not math.isfinite(float(loss.detach())):
+            return figures | {"kl": math.nan}
+        torch.autograd.backward(loss)
+        rate = min(1.0, (number + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * number / o.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = group["rate0"] * rate
+        optimiser.step()
+        return figures
+
+    @torch.no_grad()
+    def check(self) -> dict[str, Any]:
+        """Held-out figures: {"value": what decides, "points": [{"bits", "read", "kl"}]}."""
+        held = self.ids[-self.held :]
+        if self._held_hidden is None:
+            self._held_hidden = self.model.dense.hidden(held)
+        self.model.refresh()
+        low, high = self.options.bits
+        budgets = [low] if self.options.focus >= 1 else [low, (low + high) / 2, high]
+        if self.options.focus > 0:
+            budgets = budgets[:2]
+        points = []
+        for bits in budgets:
+            hidden, read = self.model.hidden(held, At(self.ipn, bits))
+            kl = float(head_kl(self.model, hidden, self._held_hidden, self.dense_head))
+            points.append({"bits": bits, "read": float(read.mean()), "kl": kl})
+        values = [math.log(max(p["kl"], 1e-8)) + ELASTICITY * (p["read"] - p["bits"]) for p in points]
+        return {"value": sum(values) / len(values), "points": points}

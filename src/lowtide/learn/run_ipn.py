@@ -1,0 +1,250 @@
+"""`lowtide learn ipn` and `lowtide learn joint`: from an artifact or a model to an artifact with a learned rule."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowtide.compress import compress
+from lowtide.compress.dense import DenseModel
+from lowtide.compress.pack import WorkFolder
+from lowtide.compress.sources import open_source
+from lowtide.compress.text import windows_of_file
+from lowtide.errors import LowtideError
+from lowtide.format.ipn import attach
+from lowtide.format.reader import Artifact, open_artifact
+from lowtide.learn import ipn_progress as progress
+from lowtide.learn.graded import GradedModel, budget_tables
+from lowtide.learn.ipn import Ipn
+from lowtide.learn.ipn_export import WINDOWS, as_stored, gains, thresholds, write_weights
+from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
+from lowtide.learn.sensitivity import fit_probes, sensitivities
+
+SAMPLED_WINDOWS, SAMPLED_WINDOW = 128, 256
+PROBE_TOKENS = 16_384
+"""Tokens that the probes' self-supervised start sees."""
+
+
+def learn_ipn(
+    artifact: str | Path,
+    model: str | Path,
+    out: str | Path,
+    options: IpnOptions,
+    text: str | Path | None = None,
+    tokens: int = 65_536,
+    resume: bool = True,
+    force: bool = False,
+    report: Report = lambda *_: None,
+) -> dict[str, Any]:
+    """Train an importance prediction network for an artifact; the model's weights stay as they are.
+
+    Args:
+        artifact: made by `lowtide compress` without a target size, thresholds of `channel-norm` in it.
+        model: what it was made from.
+        out: the artifact to write, the same weights with the policy `ipn` as default. Checkpoints in `OUT.partial`.
+        options: how to train; `weight_rate` must be 0.
+        text: UTF-8 file; by default the model writes its own.
+        tokens: of it, at most.
+        resume, force, report: as everywhere.
+
+    Returns:
+        Figures: held-out `before` and `after` at a few budgets, steps, best_step, trained_tokens, probe_ratio, ...
+
+    Raises:
+        LowtideError: bad input, a text too short, out of memory, `out` exists.
+    """
+    return _learn(
+        open_artifact(artifact), Path(artifact), model, Path(out), options, text, tokens, resume, force, report
+    )
+
+
+def learn_joint(
+    model: str | Path,
+    out: str | Path,
+    options: IpnOptions,
+    artifact: str | Path | None = None,
+    text: str | Path | None = None,
+    tokens: int = 262_144,
+    calibration: str | Path | None = None,
+    resume: bool = True,
+    force: bool = False,
+    report: Report = lambda *_: None,
+) -> dict[str, Any]:
+    """Train the model's weights and its importance prediction network together, and write an ordinary artifact.
+
+    Args:
+        model: as for `lowtide compress`.
+        out: the artifact to write; `OUT.partial` holds the untrained one and checkpoints.
+        options: how to train; `weight_rate` above 0.
+        artifact: an artifact of the model to begin with; by default it is compressed first, on `calibration`.
+        text, tokens, resume, force, report: see `learn_ipn`.
+    """
+    target = Path(out)
+    _check_out(target, force)
+    if artifact is None:
+        start = target.with_name(target.name + ".start")
+        if not (start / "lowtide.json").exists():
+            compress(model, start, calibration=calibration, seed=options.seed, progress=report)
+        artifact = start
+    done = _learn(open_artifact(artifact), Path(artifact), model, target, options, text, tokens, resume, force, report)
+    shutil.rmtree(target.with_name(target.name + ".start"), ignore_errors=True)
+    return done
+
+
+def _learn(
+    artifact: Artifact,
+    folder: Path,
+    model: str | Path,
+    out: Path,
+    options: IpnOptions,
+    text: str | Path | None,
+    tokens: int,
+    resume: bool,
+    force: bool,
+    report: Report,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    _check_out(out, force)
+    dense = DenseModel(open_source(model))
+    joint = options.weight_rate > 0
+    grid, tables = budget_tables(artifact)
+    if not grid[0] <= options.bits[0] < options.bits[1] <= grid[-1]:
+        low, high = options.bits
+        raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
+    try:
+        graded = GradedModel(artifact, dense, train_weights=joint)
+        ids = _windows(dense, text, tokens, options.seed, report)
+        ipn = _network(artifact, grid, tables, options)
+        for name, group in graded.groups.items():
+            group.side_bits += ipn.side_bits(name)
+        learner = Learner(graded, ipn, ids, options)
+        key = json.dumps(
+            [artifact.manifest.model_id, asdict(options), hashlib.sha256(ids.numpy().tobytes()).hexdigest()]
+        )
+        work = WorkFolder(out.with_name(out.name + ".partial"), {"run": key if resume else time.time()})
+        ratio = _start(learner, work.path, report) if ipn.features else math.nan
+        run = _train(learner, work.path, key, report)
+        figures = _finish(learner, run, artifact, folder, out, work, force, report)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        raise LowtideError(
+            f"out of memory ({str(error).splitlines()[0]}): fewer --windows help most, then a shorter --text"
+        ) from None
+    work.remove()
+    return figures | {"probe_ratio": ratio, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _check_out(out: Path, force: bool) -> None:
+    if (out.exists() or out.is_symlink()) and not force:
+        raise LowtideError(f"{out}: exists already; choose another folder or give --force")
+
+
+def _windows(dense: DenseModel, text: str | Path | None, tokens: int, seed: int, report: Report) -> torch.Tensor:
+    """The training text, i64 [B, N]: windows spread evenly over a file, in an order that is drawn, or sampled."""
+    if text is None:
+        window = min(SAMPLED_WINDOW, dense.config.max_position)
+        count = max(3, min(SAMPLED_WINDOWS, tokens // window))
+        return dense.sample(count, window, seed, lambda n: report("sample", n + 1, window))
+    window = min(512, dense.config.max_position)
+    found = windows_of_file(dense.source, Path(text), windows=max(3, tokens // window))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+    return found[order]
+
+
+def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOptions) -> Ipn:
+    importance = {
+        name: torch.from_numpy(group.importance.astype(np.float32))
+        for name, group in artifact.groups.items()
+        if name != "embed"
+    }
+    return Ipn(importance, grid, tables, options.features, options.seed, options.parts, *options.bits)
+
+
+def _start(learner: Learner, work: Path, report: Report) -> float:
+    """Fit the probes to sensitivities, unless a checkpoint is going to replace them; mean ratio of held-out cost."""
+    if (work / progress.NAME).exists():
+        return math.nan
+    train = learner.ids[: len(learner.ids) - learner.held]
+    count = max(1, PROBE_TOKENS // train.shape[1])
+    seen = sensitivities(
+        learner.model, train[:count], learner.options.seed, lambda done, total: report("probe", done, total)
+    )
+    ratios = fit_probes(learner.ipn, seen, seed=learner.options.seed)
+    return sum(ratios.values()) / len(ratios)
+
+
+def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.Run:
+    """All steps; the best ones' parameters are in place afterwards."""
+    o, parameters = learner.options, learner.parameters()
+    optimiser = learner.optimiser()
+    run = progress.load(work, parameters, optimiser, key)
+    if run is None:
+        run = progress.Run()
+        checked = learner.check()
+        run.first, run.history = checked["value"], [{"step": 0, "tokens": 0} | checked]
+        run.keep(parameters, checked["value"])
+    while run.step < o.steps:
+        figures = learner.step(run.step, optimiser)
+        run.step += 1
+        run.tokens += int(figures["tokens"])
+        report("train", run.step, o.steps)
+        finite = math.isfinite(figures["kl"])
+        if finite and run.step % o.check_every and run.step < o.steps:
+            continue
+        checked = learner.check() if finite else {"value": math.nan, "points": []}
+        run.history.append({"step": run.step, "tokens": run.tokens} | checked)
+        if not checked["value"] < run.first + DIVERGED:
+            run.history[-1]["diverged"] = True
+            break
+        if checked["value"] < run.best:
+            run.keep(parameters, checked["value"])
+        progress.save(work, run, parameters, optimiser, key)
+    run.restore(parameters)
+    learner.model.refresh()
+    return run
+
+
+def _finish(
+    learner: Learner,
+    run: progress.Run,
+    artifact: Artifact,
+    folder: Path,
+    out: Path,
+    work: WorkFolder,
+    force: bool,
+    report: Report,
+) -> dict[str, Any]:
+    o, graded, ipn = learner.options, learner.model, learner.ipn
+    stored = as_stored(ipn)
+    text = learner.ids[-min(WINDOWS, len(learner.ids)) :]
+    tables, reads = thresholds(graded, ipn, text, lambda done, total: report("thresholds", done, total))
+    for name, tensors in stored.items():
+        if tensors.mix is not None:
+            tensors.gain = gains(ipn, name)
+    learned = {"trained_tokens": run.tokens, "steps": run.best_step, "joint": o.weight_rate > 0, "seed": o.seed}
+    base = folder
+    if o.weight_rate > 0:
+        base = work.path / "weights"
+        write_weights(artifact, graded, base, {"learned": learned})
+    attach(base, out, stored, tables, {"features": ipn.features, "low": o.bits[0], "high": o.bits[1]}, force)
+    return {
+        "out": str(out),
+        "before": run.history[0]["points"],
+        "after": next(h for h in run.history if h["step"] == run.best_step)["points"],
+        "steps": run.step,
+        "best_step": run.best_step,
+        "trained_tokens": run.tokens,
+        "diverged": bool(run.history[-1].get("diverged")),
+        "history": run.history,
+        "budget_error": max(abs(r / b - 1) for r, b in zip(reads, ipn.grid, strict=False)),
+    }
