@@ -213,25 +213,26 @@ def paired(difference: Windows) -> dict[str, float]:
 
 
 def judge(verdict: dict[str, Any]) -> str:
-    """The verdict on a candidate in one of VERDICTS' keys.
+    """The verdict on a candidate, one of VERDICTS' keys.
 
-    Less robust: it loses more than the dense model or its output moves more, the interval wholly above 0; mixed if the
-    two disagree. Where they are better, it must beat the softened dense model as well to count as more robust.
+    Loss and movement are judged apart: worse if the interval of the difference to the dense model is wholly above 0;
+    better if it is wholly below 0 and that to the softened dense model is, too; if the latter is not, less sure. Worse
+    in one and better in the other is mixed; otherwise worse, better, less sure decide, in this order.
     """
     if verdict["windows"] < MIN_WINDOWS:
         return "too few windows"
-    plain, soft = (_side(verdict, names) for names in (("loses", "moves"), ("loses_soft", "moves_soft")))
-    if plain == "more robust" and soft != "more robust":
-        return "less sure"
-    return plain
-
-
-def _side(verdict: dict[str, Any], names: tuple[str, str]) -> str:
-    tests = [verdict[name] for name in names if verdict[name]]
-    less, more = any(t["low"] > 0 for t in tests), any(t["high"] < 0 for t in tests)
-    if less and more:
+    found = {_side(verdict[name], verdict[f"{name}_soft"]) for name in ("loses", "moves") if verdict[name]}
+    if {"less robust", "more robust"} <= found:
         return "mixed"
-    return "less robust" if less else "more robust" if more else "equal"
+    return next((word for word in ("less robust", "more robust", "less sure") if word in found), "equal")
+
+
+def _side(plain: dict[str, float], soft: dict[str, float]) -> str:
+    if plain["low"] > 0:
+        return "less robust"
+    if plain["high"] < 0:
+        return "more robust" if soft["high"] < 0 else "less sure"
+    return "equal"
 
 
 VERDICTS = {

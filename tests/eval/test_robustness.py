@@ -249,15 +249,25 @@ def test_the_verdict_follows_the_figures(load, rises, windows, want):
     assert report.VERDICTS[want] in report.sentence(verdict)
 
 
-def test_movement_counts_and_can_contradict(load):
+@pytest.mark.parametrize(
+    ("lost_soft", "moved_dense", "moved_soft", "want"),
+    [
+        (0.45, 0.1, 0.2, "mixed"),  # loses less than both, moves more
+        (0.35, 0.1, 0.2, "less robust"),  # loses less only for being less sure, moves more
+        (0.35, 0.4, 0.5, "more robust"),  # moves less than both
+        (0.35, 0.4, 0.2, "less sure"),
+    ],
+)
+def test_movement_counts_as_much_as_loss(load, lost_soft, moved_dense, moved_soft, want):
     report = load("robustness_report")
-    found = records(0.4, 0.5, 0.45, kind="HotFlip", kl_self=0.3, kl_self_soft=0.2)
+    found = records(0.4, 0.5, lost_soft, kind="HotFlip", kl_self=0.3, kl_self_soft=moved_soft)
     for r in found:
         if r["artifact"] == "" and r["perturbation"] != "none":
-            r["kl_self"] = 0.1
+            r["kl_self"] = moved_dense
     (verdict,) = report.verdicts(found, (1.0, 1.5, 2.0))
-    assert verdict["moves"]["mean"] == pytest.approx(0.2) and verdict["moves_soft"]["mean"] == pytest.approx(0.1)
-    assert verdict["verdict"] == "mixed"
+    assert verdict["moves"]["mean"] == pytest.approx(0.3 - moved_dense)
+    assert verdict["moves_soft"]["mean"] == pytest.approx(0.3 - moved_soft)
+    assert verdict["verdict"] == want
 
 
 def test_losses_per_word_do_not_depend_on_how_tokens_are_cut(load):
