@@ -1,0 +1,137 @@
+"""The trainable graded model against the masked reference, and its gradients against autograd."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.twin import TwinSource, write_folder
+
+from lowtide.arch import norm_specs
+from lowtide.compress import compress
+from lowtide.compress.dense import DenseModel
+from lowtide.compress.masked import MaskedModel
+from lowtide.compress.sources import open_source
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.learn import graded
+from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables, head_kl
+from lowtide.learn.ipn import At, Ipn
+from lowtide.rules import get_rule
+from lowtide.runtime.budget import policy_params
+
+BITS = 3.0
+
+
+@pytest.fixture(scope="module")
+def made(small, tmp_path_factory):
+    """(artifact, dense model): the small model compressed."""
+    folder = tmp_path_factory.mktemp("graded")
+    write_folder(small.source, folder / "model")
+    compress(folder / "model", folder / "artifact")
+    return open_artifact(folder / "artifact"), DenseModel(open_source(folder / "model"))
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Products in float32, so that the same levels must come out."""
+    monkeypatch.setattr(graded, "HALF", torch.float32)
+
+
+def untrained(artifact):
+    grid, tables = budget_tables(artifact)
+    importance = {n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in artifact.groups.items()}
+    return Ipn(importance, grid, tables, features=4)
+
+
+def test_an_untrained_network_reads_what_channel_norm_reads(made, small, exact):
+    artifact, dense = made
+    params = policy_params(artifact, "channel-norm", BITS)
+    norms = {n: artifact.tensor(n) for n, _ in norm_specs(artifact.config)}
+    masked = MaskedModel(artifact.config, artifact.groups, norms, quantise_coefficients=False)
+    names = [n for n in artifact.groups if n != "embed"]
+    thresholds = dict(zip(names, params.thresholds, strict=True))
+    thresholds["head"] = np.zeros_like(thresholds["head"])  # training reads the head in full
+    logits, bits = masked.logits(small.ids[:2], get_rule("channel-norm"), thresholds)
+    model, ipn = GradedModel(artifact, dense), untrained(artifact)
+    hidden, read = model.hidden(small.ids[:2], At(ipn, BITS))
+    assert float(read.detach().mean()) == pytest.approx(bits, rel=1e-6)
+    ours = F.linear(hidden, model.head) + model.head_bias
+    assert torch.allclose(ours, logits, atol=2e-4 * float(logits.abs().max()))
+    theirs = dense.hidden(small.ids[:2])
+    loss = head_kl(model, hidden, theirs, dense.head_weight)
+    logp, logq = F.linear(theirs, dense.head_weight).log_softmax(-1), logits.log_softmax(-1)
+    assert float(loss) == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), rel=1e-3)
+
+
+def test_bfloat16_changes_little(made, small, monkeypatch):
+    artifact, dense = made
+    model, ipn = GradedModel(artifact, dense), untrained(artifact)
+    with torch.no_grad():
+        hidden, read = model.hidden(small.ids, At(ipn, ipn.grid[-1]))  # read in full: no mask may tip over
+        monkeypatch.setattr(graded, "HALF", torch.float32)
+        precise, same = GradedModel(artifact, dense).hidden(small.ids, At(ipn, ipn.grid[-1]))
+    assert hidden.dtype == torch.float32
+    assert float(read.mean()) == pytest.approx(float(same.mean()), rel=0.01)
+    assert float((hidden - precise).norm() / precise.norm()) < 0.05
+
+
+def test_gradients_are_those_of_the_text(exact):
+    generator = torch.Generator().manual_seed(0)
+    planes = [torch.randn(7, 5, generator=generator) for _ in range(3)]
+    always = torch.randn(7, 5, generator=generator)
+    group = GradedGroup("layers.0.o", planes, always, torch.zeros(7), torch.zeros(5), torch.ones(5), 0)
+    a = torch.randn(4, 5, generator=generator, requires_grad=True)
+    levels = torch.randint(0, 4, (4, 5), generator=generator)
+    masks = torch.stack([(levels > k).float() for k in range(3)]).requires_grad_(True)
+    weight = torch.zeros(7, 5, requires_grad=True)
+    y = graded._Product.apply(a, masks, weight, group)
+    g = torch.randn(4, 7, generator=generator)
+    y.backward(g)
+    b, m = a.detach().clone().requires_grad_(True), masks.detach().clone().requires_grad_(True)
+    reference = F.linear(b, always) + sum(F.linear(b * m[k], planes[k]) for k in range(3))
+    reference.backward(g)
+    assert torch.allclose(y, reference, atol=1e-5)
+    assert torch.allclose(a.grad, b.grad, atol=1e-5) and torch.allclose(masks.grad, m.grad, atol=1e-5)
+    assert torch.allclose(weight.grad, g.T @ (a * (levels > 0)).detach(), atol=1e-5)
+
+
+def test_the_heads_gradient_is_autograds(made, small, exact):
+    artifact, dense = made
+    model = GradedModel(artifact, dense)
+    theirs = dense.hidden(small.ids[:1])
+    ours = (theirs + 0.1 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))).requires_grad_(True)
+    head_kl(model, ours, theirs, dense.head_weight).backward()
+    again = ours.detach().clone().requires_grad_(True)
+    logq = (F.linear(again, model.head) + model.head_bias).log_softmax(-1)
+    logp = F.linear(theirs, dense.head_weight).log_softmax(-1)
+    (logp.exp() * (logp - logq)).sum(-1).mean().backward()
+    assert torch.allclose(ours.grad, again.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["layers.0.qkv", "layers.1.down"])
+def test_codes_are_those_of_the_file(made, name, exact):
+    group = made[0].groups[name]
+    code = Code(group)
+    whole = np.concatenate([group.dequantise(i, group.slices) for i in range(len(group.linears))])
+    values = torch.from_numpy(whole / np.float32(group.shrink[-1]))
+    assert torch.equal(code.digits(values), code.stored)
+    planes = code.planes(code.stored)
+    for level in range(1, group.slices + 1):
+        stored = np.concatenate([group.dequantise(i, level) for i in range(len(group.linears))])
+        ours = sum(planes[:level]).numpy()
+        exact_columns = group.exact_channels
+        ours[:, exact_columns] = stored[:, exact_columns]  # their masks are closed, whatever their digits are
+        np.testing.assert_allclose(ours, stored, rtol=1e-5, atol=1e-6)
+    far = torch.full_like(values, 1e6)
+    kept = code.digits(far)
+    assert torch.equal(kept[code.fixed], code.stored[code.fixed]) and (kept[~code.fixed] == 63).all()
+
+
+def test_another_model_is_refused(made, small):
+    tensors = {n: small.source.tensor(n).numpy() for n in small.source.names()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    other = DenseModel(TwinSource(small.source.config, tensors, small.source.tokenizer_files()))
+    with pytest.raises(LowtideError, match="is not the model that the artifact was made from"):
+        GradedModel(made[0], other)

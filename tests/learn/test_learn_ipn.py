@@ -1,0 +1,219 @@
+"""`learn ipn` and `learn joint` from end to end: artifacts that run, runs that resume, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import typer
+from support.twin import write_folder
+
+import lowtide
+from lowtide.cli import learn
+from lowtide.compress import compress
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.kernels.native import Engine
+from lowtide.kernels.reference import ReferenceEngine
+from lowtide.learn import ipn_train, run_ipn
+from lowtide.learn.ipn_loss import Prices
+from lowtide.learn.ipn_train import IpnOptions
+from lowtide.learn.run_ipn import learn_ipn, learn_joint
+from lowtide.runtime.budget import policy_params
+
+TEXT = "the end of the tide is there and then another one in the hand. " * 40
+FAST = IpnOptions(steps=6, bits=(4.0, 6.0), windows=3, features=4, check_every=3)
+
+
+@pytest.fixture(scope="module")
+def source(small, tmp_path_factory):
+    """A folder with `model`, its `artifact` and a `text`."""
+    folder = tmp_path_factory.mktemp("source")
+    write_folder(small.source, folder / "model")
+    (folder / "text").write_text(TEXT)
+    compress(folder / "model", folder / "artifact", calibration=folder / "text")
+    return folder
+
+
+def tensors(folder):
+    artifact = open_artifact(folder)
+    found = {}
+    for group in artifact.groups.values():
+        found |= {n: np.array(t) for n, t in group.tensors().items()}
+    return found
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
+
+
+def test_the_result_is_an_ordinary_artifact_with_the_learned_rule_first(source, tmp_path):
+    figures = learn_ipn(source / "artifact", source / "model", tmp_path / "out", FAST, source / "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    artifact, before = open_artifact(tmp_path / "out"), open_artifact(source / "artifact")
+    assert artifact.manifest.policies == ["ipn", *before.manifest.policies]
+    assert artifact.manifest.ipn == {"features": 4, "low": 4.0, "high": 6.0}
+    old, new = tensors(source / "artifact"), tensors(tmp_path / "out")
+    assert all(np.array_equal(old[n], new[n]) for n in old if not n.endswith("thresholds"))
+    params = policy_params(artifact, "ipn", 5.0)
+    native = Engine(artifact, threads=2, max_context=8)
+    reference = ReferenceEngine(artifact, max_context=8)
+    for position, token in enumerate((5, 9, 3)):
+        ours, stats = native.decode(token, position, params)
+        theirs, expected = reference.decode(token, position, params)
+        assert np.array_equal(ours, theirs) and stats.body_bits == expected.body_bits
+    native.close()
+    assert figures["trained_tokens"] == 6 * 3 * 32 and figures["best_step"] <= 6
+    assert figures["budget_error"] < 0.02
+
+
+def test_budgets_are_kept_on_other_text(source, tmp_path):
+    learn_ipn(source / "artifact", source / "model", tmp_path / "out", FAST, source / "text")
+    other = np.random.default_rng(3).integers(0, 104, (3, 32)).astype(np.int32)
+    found = lowtide.evaluate(tmp_path / "out", source / "model", other, window=32, bits=[4.5, 5.5], progress=False)
+    for point in found["points"]:
+        assert point["bits_read_body"] == pytest.approx(point["bits"], rel=0.02)
+
+
+def test_an_interrupted_run_gives_the_same_artifact(source, tmp_path):
+    learn_ipn(source / "artifact", source / "model", tmp_path / "whole", FAST, source / "text")
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if (stage, done) == ("train", 5):
+            raise Stop
+
+    with pytest.raises(Stop):
+        learn_ipn(source / "artifact", source / "model", tmp_path / "cut", FAST, source / "text", report=stop)
+    seen = []
+    learn_ipn(
+        source / "artifact", source / "model", tmp_path / "cut", FAST, source / "text", report=lambda *a: seen.append(a)
+    )
+    assert [s for s in seen if s[0] == "train"] == [("train", n, 6) for n in (4, 5, 6)]
+    assert not [s for s in seen if s[0] == "probe"]
+    assert same(tensors(tmp_path / "whole"), tensors(tmp_path / "cut"))
+
+
+def test_joint_training_moves_weights_and_helps(source, tmp_path):
+    options = IpnOptions(
+        steps=40, bits=(4.0, 5.0), focus=0.7, windows=6, features=4, check_every=10, weight_rate=0.01, rate=0.03
+    )
+    figures = learn_joint(source / "model", tmp_path / "out", options, source / "artifact", source / "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    values = {h["step"]: h["value"] for h in figures["history"]}
+    assert figures["best_step"] > 0 and values[figures["best_step"]] < values[0]
+    old, new = tensors(source / "artifact"), tensors(tmp_path / "out")
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert not np.array_equal(old[weight], new[weight])
+    assert np.array_equal(old["lowtide.layers.0.o.col_scale"], new["lowtide.layers.0.o.col_scale"])
+    artifact = open_artifact(tmp_path / "out")
+    assert artifact.manifest.stats["learned"]["joint"] and artifact.manifest.stats["learned"]["trained_tokens"] > 0
+    native = lowtide.evaluate(
+        tmp_path / "out", source / "model", source / "text", window=32, windows=4, bits=[4.0, 5.0]
+    )
+    untrained = lowtide.evaluate(
+        source / "artifact", source / "model", source / "text", window=32, windows=4, bits=[4.0, 5.0]
+    )
+    assert native["points"][0]["kl"] < 0.9 * untrained["points"][0]["kl"]
+
+
+def test_joint_compresses_first_where_no_artifact_is_given(source, tmp_path):
+    options = IpnOptions(steps=2, bits=(4.0, 5.0), windows=2, features=2, weight_rate=0.002)
+    learn_joint(source / "model", tmp_path / "out", options, text=source / "text", calibration=source / "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert open_artifact(tmp_path / "out").manifest.policies[0] == "ipn"
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_step(source, tmp_path, monkeypatch):
+    real = ipn_train.head_kl
+
+    def broken(*args):
+        broken.calls += 1
+        return real(*args) * (math.nan if broken.calls > 8 else 1.0)
+
+    broken.calls = 0
+    monkeypatch.setattr(ipn_train, "head_kl", broken)
+    figures = learn_ipn(source / "artifact", source / "model", tmp_path / "out", FAST, source / "text")
+    assert figures["diverged"] and figures["steps"] < 6
+    assert all(np.isfinite(t).all() for n, t in tensors(tmp_path / "out").items() if n.endswith("ipn_importance"))
+
+
+def test_the_command_prints_figures_and_says_when_it_diverged(source, tmp_path, capsys):
+    app = typer.main.get_command(learn.app)
+    paths = [str(source / "artifact"), str(source / "model"), str(tmp_path / "out")]
+    app(
+        ["ipn", *paths, "--text", str(source / "text"), "--steps", "1", "--windows", "2", "--bits", "4,6", "--json"],
+        standalone_mode=False,
+    )
+    figures = json.loads(capsys.readouterr().out)
+    assert {"before", "after", "trained_tokens", "probe_ratio", "history"} <= set(figures)
+    learn._tell(figures | {"diverged": True}, False)
+    printed = capsys.readouterr()
+    assert "diverged at step 1; kept step" in printed.err and "held-out KL at 4 bits" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": "short"}, "give a longer text"),
+        ({"options": IpnOptions(bits=(0.5, 3.0))}, "--bits 0.5,3: the artifact stores budgets from"),
+        ({"artifact": "model"}, "is no artifact|lowtide.json"),
+        ({"model": "other"}, "is not the model that the artifact was made from"),
+        ({"out": "artifact"}, "exists already"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, small, change, message):
+    given = {
+        "artifact": "artifact",
+        "model": "model",
+        "out": tmp_path / "out",
+        "options": FAST,
+        "text": "text",
+    } | change
+    if change.get("text"):
+        (source / "short").write_text("the end")
+    if change.get("model") and not (source / "other").exists():
+        values = {n: small.source.tensor(n).numpy() * 1.1 for n in small.source.names()}
+        write_folder(type(small.source)(small.source.config, values, small.source.tokenizer_files()), source / "other")
+    with pytest.raises(LowtideError, match=message):
+        learn_ipn(
+            source / given["artifact"],
+            source / given["model"],
+            source / given["out"],
+            given["options"],
+            source / given["text"],
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_says_what_helps(source, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(run_ipn, "sensitivities", full)
+    with pytest.raises(LowtideError, match="out of memory .*: fewer --windows help most"):
+        learn_ipn(source / "artifact", source / "model", tmp_path / "out", FAST, source / "text")
+
+
+def test_options_are_checked():
+    for bad, message in (
+        ({"bits": (3.0, 2.0)}, "--bits 3,2"),
+        ({"steps": -1}, "--steps"),
+        ({"features": 0}, "--features 0"),
+        ({"parts": ("gate",)}, "--parts: known are importance, theta, offset"),
+    ):
+        with pytest.raises(LowtideError, match=message):
+            IpnOptions(**bad)
+    with pytest.raises(LowtideError, match="--bits 2: give LOW,HIGH"):
+        learn._budgets("2")
+
+
+def test_the_l1_loss_and_consistency_train_too(source, tmp_path):
+    options = IpnOptions(steps=3, bits=(4.0, 6.0), windows=2, features=2, prices=Prices("l1", consistency=0.5))
+    figures = learn_ipn(source / "artifact", source / "model", tmp_path / "out", options, source / "text")
+    assert not figures["diverged"] and torch.isfinite(torch.tensor(figures["after"][0]["kl"]))
