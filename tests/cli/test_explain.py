@@ -1,5 +1,6 @@
 """`lowtide explain` and `lowtide inspect --thresholds`, run as users run them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from support.tiny import make_artifact
 
-from lowtide.cli.inspect import threshold_rows
+from lowtide.cli.inspect import _threshold_cells, middle_budget, threshold_rows
 from lowtide.format.reader import open_artifact
 from lowtide.runtime.budget import policy_params
 
@@ -143,12 +144,16 @@ class TestThresholds:
         assert "mix norm" in table
         assert f"{figures['thresholds'][0]['mix_norm']:.3f}" in table
 
+    @pytest.mark.parametrize(("policy", "expected"), [(None, 4.0), ("ipn", 4.0), ("channel-norm", 5.0)])
+    def test_the_budget_shown_is_one_the_network_was_trained_for(self, tmp_path, policy, expected):
+        manifest = open_artifact(make_artifact(tmp_path / "a", policies=("ipn", "channel-norm"))).manifest
+        narrow = dataclasses.replace(manifest, ipn={"features": 16, "low": 3.0, "high": 4.5})
+        assert middle_budget(narrow, policy) == expected
+
     def test_never_and_always(self, artifact):
         opened = open_artifact(artifact)
         params = policy_params(opened, None, 5.0)
         params.thresholds[0] = [2.0**-64, 1.0, np.inf]
         row = threshold_rows(opened.groups, params)[0]
         assert row["theta"] == [-64.0, 0.0, None]
-        from lowtide.cli.inspect import _threshold_cells
-
         assert _threshold_cells(row) == ["layers.0.qkv", "always", "0.00", "never"]

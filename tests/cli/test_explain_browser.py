@@ -188,8 +188,10 @@ def test_without_its_script_the_map_and_the_kinds_are_there(browse, pages):
 
 def test_dark_and_light_differ_and_the_address_may_name_a_token(browse, pages):
     text = pages[1]
-    script = "note([getComputedStyle(document.body).backgroundColor, document.querySelector('.which').textContent]);"
-    light = browse(text, script, at="#token=2")[1]
+    script = """note([getComputedStyle(document.body).backgroundColor, document.querySelector(".which").textContent,
+                     document.documentElement.scrollWidth - innerWidth]);"""
+    light = browse(text, script, "--window-size=500,900", at="#token=2")[1]
+    assert light[2] <= 0, "only tables scroll sideways"
     dark = browse(text, script, "--blink-settings=preferredColorScheme=0", at="#token=99")[1]
     assert light[0] != dark[0]
     assert (light[1], dark[1]) == ("2", str(pages[0].chosen))

@@ -11,6 +11,7 @@ from lowtide.cli.options import Artifact, Json, Policy
 
 if TYPE_CHECKING:
     from lowtide.format.groups import GroupTensors
+    from lowtide.format.manifest import Manifest
     from lowtide.kernels.types import PolicyParams
 
 
@@ -54,7 +55,7 @@ def inspect(
 
     opened = open_artifact(artifact)
     manifest = opened.manifest
-    budget = manifest.budgets[len(manifest.budgets) // 2] if bits is None else parse_bits(bits)
+    budget = middle_budget(manifest, policy) if bits is None else parse_bits(bits)
     params = policy_params(opened, policy, budget)
     budget = budget if params.bits is None else params.bits
     table = dict(zip((n for n in opened.groups if n != "embed"), params.thresholds.tolist(), strict=True))
@@ -90,6 +91,14 @@ def inspect(
         steps = [f"{cuts[0]['unit']} {s + 1}" for s in range(manifest.slices)]
         added = ["gain", "mix norm", "mix constant"] if params.gains is not None else []
         print_table(("group", *steps, *added), (_threshold_cells(row) for row in cuts))
+
+
+def middle_budget(manifest: Manifest, policy: str | None) -> float:
+    """The middle of the stored budgets; under the rule `ipn` of those it was trained for, so that nothing warns."""
+    stored, ipn = manifest.budgets, manifest.ipn
+    if ipn is not None and (policy or manifest.policies[0]).partition(":")[0].strip() == "ipn":
+        stored = [b for b in stored if ipn["low"] <= b <= ipn["high"]] or stored
+    return stored[len(stored) // 2]
 
 
 def threshold_rows(groups: dict[str, GroupTensors], params: PolicyParams) -> list[dict[str, Any]]:
