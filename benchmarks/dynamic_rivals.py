@@ -16,7 +16,7 @@ import common
 from dynamic_common import Row, Subject, budgets
 
 import lowtide
-from lowtide.eval.rivals import RIVALS, Calibration, OutOfReach, RivalModel, Tuner, measure
+from lowtide.eval.rivals import RIVALS, Calibration, Fitted, OutOfReach, RivalModel, Tuner, measure
 
 NAME = "rivals"
 COLUMNS = ("rule", "where", "bits", "read, body", "read, total", "KL", "perplexity", "trained tokens", "setting")
@@ -62,9 +62,10 @@ def _rival(
 ) -> Iterator[Row]:
     common.note(f"{name}: fitting")
     rival, began = RIVALS[name], time.monotonic()
-    fitted = rival.fit(calibration)
+    fitted: Fitted | None = None
     for bits in budgets(options.bits):
         try:
+            fitted = fitted or rival.fit(calibration)
             plan, setting = tuner.tune(fitted, bits)
             head = calibration.params(bits)["head"]
             found = measure(calibration.model, plan, subject.ids, bits, head, subject.reference)
@@ -92,18 +93,16 @@ def _words(setting: dict[str, Any]) -> str:
 
 def _stored(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
     """Every policy of the artifact, in the engine."""
-    manifest = subject.artifact.manifest
-    wanted = [b for b in budgets(options.bits) if manifest.budgets[0] <= b <= manifest.budgets[-1]]
-    for policy in manifest.policies:
+    for policy in subject.artifact.manifest.policies:
         key = f"{NAME}|stored {policy}|{options.bits}|{options.engine}"
 
         def run(policy: str = policy) -> list[Row]:
-            return list(_policy(options, subject, policy, wanted))
+            return list(_policy(options, subject, policy))
 
         yield from subject.once(key, run)
 
 
-def _policy(options: argparse.Namespace, subject: Subject, policy: str, bits: list[float]) -> Iterator[Row]:
+def _policy(options: argparse.Namespace, subject: Subject, policy: str) -> Iterator[Row]:
     common.note(f"stored policy {policy}")
     result = lowtide.evaluate(
         subject.artifact,
@@ -111,7 +110,7 @@ def _policy(options: argparse.Namespace, subject: Subject, policy: str, bits: li
         subject.ids.numpy().astype("int32"),
         windows=len(subject.ids),
         window=subject.ids.shape[1],
-        bits=bits,
+        bits=budgets(options.bits),
         policy=policy,
         engine=options.engine,
         threads=options.threads,
