@@ -18,12 +18,14 @@ import sys
 from pathlib import Path
 
 import common
+import dynamic_ablation
+import dynamic_oracles
 import dynamic_rivals
 from dynamic_common import budgets, make_subject
 
 from lowtide.errors import LowtideError
 
-SECTIONS = {module.NAME: module for module in (dynamic_rivals,)}
+SECTIONS = {module.NAME: module for module in (dynamic_rivals, dynamic_ablation, dynamic_oracles)}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -164,7 +164,7 @@ def test_probes_find_what_makes_tokens_sensitive():
     ratios = fit_probes(ipn, seen, steps=300)
     best = float(cost(say["layers.0.o"], drive / (2 * math.log(2))).exp())
     assert best < 0.35 and ratios["layers.0.o"] < best + 0.15
-    assert ratios["layers.0.down"] > 0.9  # its stream was shuffled: nothing to find
+    assert 0.9 < ratios["layers.0.down"] <= 1  # its stream was shuffled: nothing to find
     offset = ipn.offset("layers.0.o", ipn.feature_values("layers.0.qkv", stream))
     assert float(torch.corrcoef(torch.stack([offset.detach(), drive]))[0, 1]) > 0.9
     assert abs(float(offset.mean())) < 0.2
