@@ -126,14 +126,17 @@ static inline void store_part(float *p, f32x16 v, int64_t n) {
     std::memcpy(p, &v, (size_t)n * 4);
 }
 
-// Sixteen signed bytes as floats.
+// Signed bytes as floats.
+#if defined(__AVX2__)
+static inline __m256 eight_bytes(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+#endif
 static inline f32x16 load_bytes(const int8_t *p) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(__AVX2__)
-  const __m128i v = _mm_loadu_si128((const __m128i *)p);
-  const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
-  const __m256 hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)));
+  const __m256 lo = eight_bytes(p), hi = eight_bytes(p + 8);
   f32x16 both;
   std::memcpy(&both, &lo, 32);
   std::memcpy((char *)&both + 32, &hi, 32);
@@ -154,11 +157,20 @@ static inline f32x16 load_bytes_part(const int8_t *p, int64_t n) {
 
 // Fixed order of additions, whatever the instruction set.
 static inline float sum_lanes(f32x16 v) {
+#if defined(__AVX2__)
+  __m256 half[2];
+  std::memcpy(half, &v, 64);
+  const __m256 eight = _mm256_add_ps(half[0], half[1]);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float f[16];
   store(f, v);
   for (int w = 8; w; w >>= 1)
     for (int i = 0; i < w; ++i) f[i] += f[i + w];
   return f[0];
+#endif
 }
 static inline float max_lanes(f32x16 v) {
   float f[16];

@@ -16,7 +16,7 @@ from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
 from lowtide.rules import GroupStats, get_rule
 
-POLICIES = ("channel-norm", "channel-abs", "topk", "statistical-topk", "gate")
+POLICIES = ("channel-norm", "channel-abs", "topk", "statistical-topk", "gate", "ipn")
 
 
 def masked_model(artifact, **options) -> MaskedModel:
@@ -63,6 +63,23 @@ def test_whole_model_agrees_with_the_reference_engine(tmp_path, options):
     assert float((p.exp() * (p - q)).sum(-1).max()) < 0.01
     weights = sum(g.weights() for n, g in artifact.groups.items() if n not in ("head", "embed"))
     assert bits == pytest.approx(np.mean([s.body_bits for s in stats]) / weights, rel=5e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"base": ODD, "features": 5}])
+def test_the_ipn_moves_every_token_by_itself(tmp_path, options):
+    artifact = open_artifact(make_artifact(tmp_path / "tiny", policies=("ipn",), **options))
+    model, rule, chosen = masked_model(artifact), get_rule("ipn"), params(artifact, "ipn", 1)
+    gains = {name: 0.0 if g.ipn.gain is None else float(g.ipn.gain[1]) for name, g in artifact.groups.items() if g.ipn}
+    ids = np.random.default_rng(1).integers(0, artifact.config.vocab_size, 24)
+    logits, bits = model.logits(torch.from_numpy(ids[None]), rule, chosen, gains)
+    rows = [np.stack([chosen[n] for n in chosen]), 0.0, np.float32([gains[n] for n in chosen])]
+    expected, stats = ReferenceEngine(artifact).decode_many(ids, 0, PolicyParams("ipn", *rows))
+    weights = sum(g.weights() for n, g in artifact.groups.items() if n not in ("head", "embed"))
+    assert bits == pytest.approx(np.mean([s.body_bits for s in stats]) / weights, rel=5e-3)
+    p, q = (torch.log_softmax(t, -1) for t in (torch.from_numpy(expected), logits[0]))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.01
+    still, fewer = model.logits(torch.from_numpy(ids[None]), rule, chosen)
+    assert abs(fewer - bits) > 0.02 and not torch.equal(still, logits)  # the gains matter
 
 
 def test_coefficients_in_float32_are_nearer_to_the_dense_product(tmp_path):

@@ -90,6 +90,31 @@ def test_group_product_is_the_specification(artifact, rule):
                 np.testing.assert_array_equal(y, again, err_msg=f"{group.name} {engine.isa} {engine.threads} threads")
 
 
+def test_gains_move_what_tokens_read(artifact):
+    """Each token its own way: with gains, other bits than without, some more and some less."""
+    tokens, chosen = random_tokens(artifact, 12), policy(artifact, "ipn")
+    read = []
+    for gains in (chosen.gains, None):
+        engine = Engine(artifact, threads=1)
+        still = dataclasses.replace(chosen, gains=gains)
+        read.append([])
+        for i, token in enumerate(tokens):
+            engine.decode(int(token), i, still)
+            read[-1].append(engine.group_bits())
+    change = (np.stack(read[0]) - np.stack(read[1]))[:, :-1]
+    assert (change > 0).any() and (change < 0).any() and len(np.unique(change[:, 0])) > 1
+
+
+def test_bits_of_the_groups_are_those_of_the_last_token(artifact):
+    engine, chosen = Engine(artifact, threads=1), policy(artifact, "channel-norm")
+    assert engine.group_bits().tolist() == [0] * (4 * artifact.config.num_layers + 1)
+    _, stats = engine.decode(1, 0, chosen, want_logits=False)
+    assert engine.group_bits()[-1] == 0 and engine.group_bits().sum() == stats.body_bits
+    _, stats = engine.decode(2, 1, chosen)
+    embedding = ops.embedding_bits(artifact.groups["head" if artifact.config.tied else "embed"])
+    assert engine.group_bits().sum() == stats.body_bits + stats.head_bits - embedding
+
+
 def ops_planes(group, linear):
     from lowtide.format.codec import digit_planes
 
@@ -214,6 +239,18 @@ def test_bad_calls_are_told_in_one_line(tiny_artifact, monkeypatch):
     engine.close()
     with pytest.raises(LowtideError, match="closed"):
         engine.decode(0, 0, chosen)
+
+
+def test_the_rule_ipn_wants_a_network_and_its_gains(tiny_artifact, tmp_path):
+    plain = open_artifact(tiny_artifact)
+    rows = 4 * plain.config.num_layers + 1
+    chosen = PolicyParams("ipn", np.zeros((rows, 3), np.float32))
+    for engine in (Engine(plain, threads=1), ReferenceEngine(plain)):
+        with pytest.raises(LowtideError, match="rule ipn: the artifact has no importance prediction network"):
+            engine.decode(1, 0, chosen)
+    artifact = open_artifact(make_artifact(tmp_path / "a", policies=("ipn",)))
+    with pytest.raises(LowtideError, match=rf"gains must have shape \({rows},\), not \(2,\)"):
+        Engine(artifact, threads=1).decode(1, 0, dataclasses.replace(chosen, gains=np.zeros(2, np.float32)))
 
 
 def test_environment_forces_an_instruction_set(tiny_artifact, monkeypatch):

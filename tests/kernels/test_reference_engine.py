@@ -1,8 +1,10 @@
 """The reference engine against the dense model, against itself, and its bookkeeping by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from support.tiny import DEFAULT, ODD
+from support.tiny import DEFAULT, ODD, make_artifact
 from support.twin import make_twins
 
 from lowtide.errors import LowtideError
@@ -195,3 +197,52 @@ def test_context_is_bounded(tiny_artifact):
         ReferenceEngine(artifact, max_context=65)
     with pytest.raises(LowtideError, match="the context holds 4"):
         ReferenceEngine(artifact, max_context=4).prefill([1] * 5, 0)
+
+
+GROUPS = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.mark.parametrize("probe, served, other", [("qkv", "o", "down"), ("gate_up", "down", "o")])
+@pytest.mark.parametrize("bias, offset", [(1, 2.0), (3, 4.0)])
+def test_a_probe_serves_its_own_group_and_the_next(tmp_path, monkeypatch, probe, served, other, bias, offset):
+    """A probe that says nothing but its bias, and a mix that makes twice that of it, held within 4."""
+    artifact = open_artifact(make_artifact(tmp_path / "a", policies=("ipn",), layers=1, features=2, exact=0))
+    for name in GROUPS:
+        ipn = artifact.groups[f"layers.0.{name}"].ipn
+        ipn.mix = f32([2, 100, 0]) if name in (served, other) else f32([0, 0, 0])
+        if ipn.probe is not None:  # the second feature is below zero: 0
+            ipn.scale, ipn.bias = f32([0, 0]), f32([bias if name == probe else 0, -5])
+    seen, original = {}, ops.graded_linear
+
+    def watched(group, linear, planes, x, levels):
+        seen[group.name] = x, levels
+        return original(group, linear, planes, x, levels)
+
+    monkeypatch.setattr(ops, "graded_linear", watched)
+    thresholds = np.tile(f32([0.4, 0.8, 1.6]), (5, 1))
+    engine = ReferenceEngine(artifact)
+    _, stats = engine.decode(3, 0, PolicyParams("ipn", thresholds, 0.25, np.full(5, 0.5, f32)))
+    for name in GROUPS:
+        group = artifact.groups[f"layers.0.{name}"]
+        x, levels = seen[group.name]
+        score = np.abs(x - group.mean.astype(f32)) * group.ipn.importance.astype(f32)
+        cuts = thresholds[0] * 2 ** (0.25 - 0.5 * offset * (name == served))
+        np.testing.assert_array_equal(levels, (score[..., None] > cuts).sum(-1))
+        rows = sum(linear.out_features for linear in group.linears)
+        bits = 2 * rows * levels.sum() + 8 * group.side_bytes(ipn=True)
+        assert engine.group_bits()[GROUPS.index(name)] == bits
+    assert engine.group_bits()[:4].sum() == stats.body_bits
+    embedding = ops.embedding_bits(artifact.groups["head"])
+    assert engine.group_bits()[4] == stats.head_bits - embedding
+
+
+def test_tokens_known_beforehand_move_by_themselves(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "a", ODD, policies=("ipn",)))
+    policy = replace(policy_of(artifact, "ipn"), gains=f32([0.8, 0.6, 0.4, 0.2, 0]))
+    many, stats = ReferenceEngine(artifact).decode_many(TOKENS, 0, policy)
+    engine = ReferenceEngine(artifact)
+    for i, token in enumerate(TOKENS):
+        logits, read = engine.decode(int(token), i, policy)
+        np.testing.assert_array_equal(logits, many[i])
+        assert read == stats[i]
+    assert len({s.body_bits for s in stats}) > 4

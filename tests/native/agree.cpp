@@ -77,9 +77,21 @@ struct Group {
   std::vector<float> shrink;
   std::vector<int32_t> exact_channels;
   std::vector<Linear> linear;
+  // The importance prediction network: a mix but in the head, a probe in qkv and gate_up.
+  int64_t features = 0;
+  std::vector<uint16_t> learned;
+  std::vector<float> mix, scale, bias;
+  std::vector<int8_t> probe;
   lt_group view() const {
-    lt_group g{in, slices, (int64_t)linear.size(), (int64_t)exact_channels.size(), 1000, {3, 3, 3, 3}, mean.data(),
-               col_scale.data(), importance.data(), shrink.data(), exact_channels.data(), {}};
+    lt_group g{};
+    g.in = in, g.slices = slices, g.linear_count = (int64_t)linear.size();
+    g.exact_count = (int64_t)exact_channels.size(), g.side_bits = 1000, g.ipn_side_bits = 1100;
+    for (auto &centre : g.centre) centre = 3;
+    g.mean = mean.data(), g.col_scale = col_scale.data(), g.importance = importance.data();
+    g.shrink = shrink.data(), g.exact_channels = exact_channels.data();
+    g.ipn_features = features, g.ipn_importance = learned.data();
+    if (!mix.empty()) g.ipn_mix = mix.data();
+    if (!probe.empty()) g.ipn_probe = probe.data(), g.ipn_scale = scale.data(), g.ipn_bias = bias.data();
     for (size_t i = 0; i < linear.size(); ++i) g.linear[i] = linear[i].view();
     return g;
   }
@@ -159,6 +171,19 @@ Group random_group(Random &random, const Shape &shape, int64_t in, const std::ve
   return g;
 }
 
+// Offsets of some units of log2, a few of them beyond the limit.
+void add_ipn(Random &random, int64_t kind, int64_t features, Group &g) {
+  for (uint16_t importance : g.importance) g.learned.push_back(importance ? random.half(12, 16) : 0);
+  if (kind > 3) return;
+  g.features = features;
+  for (int64_t k = 0; k <= features; ++k) g.mix.push_back(random.within(1.0f));
+  for (int64_t k = 0; k < features && kind % 2 == 0; ++k) {
+    for (int64_t j = 0; j < g.in; ++j) g.probe.push_back((int8_t)(random.below(256) - 128));
+    g.scale.push_back(0.0009765625f + random.within(0.0009765625f));
+    g.bias.push_back(random.within(0.5f));
+  }
+}
+
 struct Model {
   std::vector<Group> groups;
   std::vector<lt_group> views;
@@ -176,6 +201,8 @@ struct Model {
       groups.push_back(random_group(random, s, s.intermediate, {s.hidden}));
     }
     for (int i = 0; i < (s.tied ? 1 : 2); ++i) groups.push_back(random_group(random, s, s.hidden, {s.vocab}));
+    for (size_t i = 0; i < groups.size(); ++i)
+      add_ipn(random, (int64_t)i < 4 * s.layers ? (int64_t)i % 4 : 4, 5 + s.hidden % 60, groups[i]);
     for (const Group &g : groups) views.push_back(g.view());
     norms.resize((size_t)(2 * s.layers + 1));
     for (auto &norm : norms)
@@ -191,10 +218,11 @@ struct Model {
   }
 };
 
-constexpr int64_t kRules[] = {LT_CHANNEL_NORM, LT_DENSE, LT_CHANNEL_ABS, LT_TOPK, LT_STATISTICAL_TOPK, LT_GATE};
+constexpr int64_t kRules[] = {LT_CHANNEL_NORM, LT_DENSE, LT_CHANNEL_ABS, LT_TOPK,
+                              LT_STATISTICAL_TOPK, LT_GATE, LT_IPN};
 
 struct Policy {
-  std::vector<float> params;
+  std::vector<float> params, gains;
   lt_policy policy;
   Policy(int64_t rule, int64_t layers) {
     const float score[4] = {0.125f, 0.5f, 1.125f, 1.875f}, count[4] = {21.5f, 12, 5, 2};
@@ -202,7 +230,8 @@ struct Policy {
       const int64_t s = i % LT_MAX_SLICES;
       params.push_back(rule == LT_TOPK ? count[s] : rule == LT_STATISTICAL_TOPK ? score[s] - 1 : score[s]);
     }
-    policy = {rule, params.data(), rule == LT_CHANNEL_NORM ? 0.25 : 0.0};
+    for (int64_t i = 0; i <= layers * 4; ++i) gains.push_back(0.75f - 0.25f * (float)(i % 4));
+    policy = {rule, params.data(), rule == LT_CHANNEL_NORM ? 0.25 : 0.0, gains.data()};
   }
 };
 
@@ -249,6 +278,9 @@ void text(lt_engine *engine, const Shape &shape, Results &results) {
     lt_decode(engine, random.below(shape.vocab), position++, &policy.policy, logits.data(), &stats);
     results.add(logits.data(), shape.vocab);
     for (int64_t count : {stats.body_bits, stats.head_bits, stats.embed_bits, stats.cache_bytes}) results.add(count);
+    std::vector<int64_t> bits((size_t)(4 * shape.layers + 1));
+    lt_group_bits(engine, bits.data());
+    for (int64_t count : bits) results.add(count);
   };
   for (int64_t rule : kRules) decode(rule);
   std::vector<int32_t> tokens;

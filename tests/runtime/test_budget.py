@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from support.tamper import edit_manifest
 from support.tiny import make_artifact
 
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels.types import PolicyParams
-from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, parse_bits, policy_params
+from lowtide.runtime.budget import BudgetController, _warn, body_side_bits, body_weights, parse_bits, policy_params
 
 POLICIES = ("channel-norm", "topk:0,4")
 
@@ -138,3 +139,66 @@ def test_a_target_below_what_is_always_read_is_refused():
     with pytest.raises(LowtideError, match=r"--bits 0.5: 0.6 bits are read whatever"):
         controller(0.5, side_bits=600)
     assert controller(0.7, side_bits=600).mean_bits == 0.0
+
+
+@pytest.fixture(scope="module")
+def with_ipn(tmp_path_factory):
+    """Its network is trained for 4.5 to 5.5 bits, its grid reaches from 4 to 6."""
+    path = make_artifact(tmp_path_factory.mktemp("ipn") / "a", policies=("ipn", "channel-norm"))
+    edit_manifest(path, lambda m: m["ipn"].update(low=4.5, high=5.5))
+    return open_artifact(path)
+
+
+def test_gains_move_linearly_between_grid_points(with_ipn):
+    stored_gains = [None if g.ipn.gain is None else g.ipn.gain for g in with_ipn.groups.values()]
+    assert np.ptp(stored_gains[0]) > 0
+    params = policy_params(with_ipn, None, 4.75)
+    assert params.rule == "ipn" and params.bits is None
+    expected = [0.0 if gain is None else gain[0] + 0.75 * (gain[1] - gain[0]) for gain in stored_gains]
+    assert expected[-1] == 0 and params.gains.dtype == np.float32
+    np.testing.assert_allclose(params.gains, expected, rtol=1e-6)
+    np.testing.assert_array_equal(policy_params(with_ipn, None, 5.0).gains[:-1], [g[1] for g in stored_gains[:-1]])
+    assert policy_params(with_ipn, "channel-norm", 5.0).gains is None
+    assert policy_params(with_ipn, None, None).rule == "dense"
+
+
+@pytest.mark.parametrize("asked, held", [(4.0, 4.5), (0.5, 4.5), (6.0, 5.5), (900.0, 5.5)])
+def test_the_ipn_holds_a_budget_within_what_it_was_trained_for(with_ipn, capsys, asked, held):
+    _warn.cache_clear()
+    for _ in range(2):
+        params = policy_params(with_ipn, "ipn", asked)
+    assert params.bits == held
+    at_the_end = policy_params(with_ipn, "ipn", held)
+    np.testing.assert_array_equal(params.thresholds, at_the_end.thresholds)
+    np.testing.assert_array_equal(params.gains, at_the_end.gains)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"lowtide: warning: --bits {asked:g}: ")
+    assert "4.5 to 5.5 bits" in lines[0] and f"using {held:g}" in lines[0]
+    budget = BudgetController(params, asked, body_weights(with_ipn), body_side_bits(with_ipn, "ipn"))
+    budget.update(round(held * body_weights(with_ipn)))
+    assert budget.params.log2_offset == pytest.approx(0, abs=1e-4)  # held is what it aims at
+    assert budget.params.gains is params.gains
+
+
+def test_other_policies_of_such_an_artifact_refuse_as_ever(with_ipn, capsys):
+    with pytest.raises(LowtideError, match="from 4 to 6"):
+        policy_params(with_ipn, "channel-norm", 3.0)
+    assert policy_params(with_ipn, "channel-norm", 6.0).bits is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_range_beyond_the_grid_ends_with_the_grid(tmp_path, capsys):
+    path = make_artifact(tmp_path / "a", policies=("ipn",))
+    edit_manifest(path, lambda m: m["ipn"].update(low=1.0, high=7.0))
+    artifact = open_artifact(path)
+    assert policy_params(artifact, None, 2.0).bits == 4.0
+    assert policy_params(artifact, None, 6.5).bits == 6.0
+    assert "trained for 4 to 6 bits" in capsys.readouterr().err
+    edit_manifest(path, lambda m: m["ipn"].update(low=7.0, high=8.0))
+    assert policy_params(open_artifact(path), None, 5.0).bits == 6.0
+
+
+def test_side_bits_under_the_ipn_are_its_own(with_ipn):
+    body = [g for name, g in with_ipn.groups.items() if name not in ("head", "embed")]
+    assert body_side_bits(with_ipn, "ipn") == sum(8 * g.side_bytes(ipn=True) for g in body)
+    assert body_side_bits(with_ipn, "ipn") > body_side_bits(with_ipn, "channel-norm") == body_side_bits(with_ipn)
