@@ -43,6 +43,7 @@ import robustness_report as report
 import torch
 
 from lowtide.arch import norm_specs
+from lowtide.compress import masked
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.masked import MaskedModel
 from lowtide.errors import LowtideError
@@ -330,7 +331,8 @@ class Keep:
 
 def measure(subject: Subject, candidates: list[Candidate], seeds: list[int]) -> list[dict[str, Any]]:
     """All records, measured now or by an earlier run."""
-    keep = Keep(subject.work / f"robustness-{subject.window}.jsonl")
+    code = b"".join(Path(module.__file__).read_bytes() for module in (perturb, masked))  # other code, other records
+    keep = Keep(subject.work / f"robustness-{subject.window}-{hashlib.sha256(code).hexdigest()[:8]}.jsonl")
     places = range(len(subject.clean))
     wanted = [key for place in places for key in keys_of(subject, candidates, place, seeds)]
     if any(key not in keep.known for key in wanted):
