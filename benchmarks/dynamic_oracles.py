@@ -8,6 +8,8 @@ over the arithmetic mean of s (reverse water-filling); 1 means nothing to gain, 
   channel   s_tj / (s_t s_j), s_tj = sum_i g_ti^2 w_ij^2: what a perfect context of channels would save beyond it
   columns   (a_tj v_j)^2: what channel-norm saves; rows (up only): silu(gate_ti)^2 times the row's mean sensitivity
   matrices  static differences between the matrices of a group
+  before, now   squared correlation of log s_t with the log entropy of the prediction before (known when the token is
+            read) and of the token's own (known only afterwards): what confidence tells about sensitivity
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dynamic_common import Row, Subject
 from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
 
 NAME = "oracles"
-COLUMNS = ("group", "token", "channel", "columns", "rows", "matrices")
+COLUMNS = ("group", "token", "channel", "columns", "rows", "matrices", "before", "now")
 LABELS = 6
 FLOOR = 1e-3
 
@@ -50,7 +52,8 @@ def left(s: torch.Tensor) -> float:
 
 
 def gradients(subject: Subject, ids: torch.Tensor, seed: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """For one window i64 [N]: group -> (input f32 [N, in], output f32 [N, out], mean squared gradient f32 [N, out])."""
+    """For one window i64 [N]: group -> (input f32 [N, in], output f32 [N, out], mean squared gradient f32 [N, out],
+    log entropy of the predictions f32 [N])."""
     dense, config = subject.dense, subject.dense.config
     rope = rope_tables(config, 0, len(ids))
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -79,10 +82,21 @@ def gradients(subject: Subject, ids: torch.Tensor, seed: int) -> dict[str, tuple
         for name, (_, y) in seen.items():
             assert y.grad is not None
             total[name] += y.grad[0].pow(2) / LABELS
-    return {name: (x, y.detach()[0], total[name]) for name, (x, y) in seen.items()}
+    logp = logits.detach().log_softmax(-1)
+    entropy = (-(logp.exp() * logp).sum(-1)).clamp_min(1e-3).log()
+    return {name: (x, y.detach()[0], total[name], entropy) for name, (x, y) in seen.items()}
 
 
-def figures(subject: Subject, name: str, x: torch.Tensor, y: torch.Tensor, g2: torch.Tensor) -> dict[str, Any]:
+def explained(entropy: torch.Tensor, say: torch.Tensor, window: int) -> dict[str, float]:
+    """Squared correlations of log entropies f32 [T] with log sensitivities f32 [T], windows' first tokens left out."""
+    now, log = entropy.view(-1, window), (say + 1e-6 * say.mean()).log().view(-1, window)
+    pairs = {"before": (now[:, :-1], log[:, 1:]), "now": (now[:, 1:], log[:, 1:])}
+    return {n: float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] ** 2) for n, (a, b) in pairs.items()}
+
+
+def figures(
+    subject: Subject, name: str, x: torch.Tensor, y: torch.Tensor, g2: torch.Tensor, entropy: torch.Tensor
+) -> dict[str, Any]:
     """The ratios of one group from all windows' tokens."""
     group = subject.artifact.groups[name]
     scale = torch.from_numpy(np.concatenate([linear.row_scale.astype(np.float32) for linear in group.linears]))
@@ -104,6 +118,7 @@ def figures(subject: Subject, name: str, x: torch.Tensor, y: torch.Tensor, g2: t
         "columns": left(score[:, open_channels].pow(2)),
         "matrices": left(shares),
     }
+    found |= explained(entropy, say, subject.ids.shape[1])
     if name.endswith("gate_up"):
         gate = F.silu(y[:, : sizes[0]]).pow(2)
         up = rows[:, sizes[0] :]
@@ -122,8 +137,8 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
                 parts.setdefault(name, []).append(found)
         all_rows = []
         for name, windows in parts.items():
-            x, y, g2 = (torch.cat(column) for column in zip(*windows, strict=True))
-            all_rows.append({"model": subject.label} | figures(subject, name, x, y, g2))
+            joined = [torch.cat(column) for column in zip(*windows, strict=True)]
+            all_rows.append({"model": subject.label} | figures(subject, name, *joined))
         return all_rows
 
     yield from subject.once(f"oracles {options.oracle_windows}", measure)

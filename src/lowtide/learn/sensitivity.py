@@ -87,7 +87,7 @@ def cost(say: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
 
 
 def fit_probes(ipn: Ipn, seen: Sensitivities, steps: int = 300, seed: int = 0) -> dict[str, float]:
-    """Set every probe and mix; returns each group's `cost` as a ratio on tokens held out (the last tenth), at most 1."""
+    """Set every probe and mix. Returns each group's `cost` on tokens held out (the last tenth), as a ratio up to 1."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, float] = {}
     for name, stored in seen.inputs.items():
