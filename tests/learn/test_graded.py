@@ -86,15 +86,20 @@ def test_gradients_are_those_of_the_text(exact):
     levels = torch.randint(0, 4, (4, 5), generator=generator)
     masks = torch.stack([(levels > k).float() for k in range(3)]).requires_grad_(True)
     weight = torch.zeros(7, 5, requires_grad=True)
-    y = graded._Product.apply(a, masks, weight, group)
+    log_rows, log_cols = torch.zeros(7, requires_grad=True), torch.zeros(5, requires_grad=True)
+    group.scale = torch.rand(7, 5, generator=generator)
+    y = graded._Product.apply(a, masks, weight, log_rows, log_cols, group)
     g = torch.randn(4, 7, generator=generator)
     y.backward(g)
     b, m = a.detach().clone().requires_grad_(True), masks.detach().clone().requires_grad_(True)
-    reference = F.linear(b, always) + sum(F.linear(b * m[k], planes[k]) for k in range(3))
+    rows, cols = torch.zeros(7, requires_grad=True), torch.zeros(5, requires_grad=True)
+    scaled = [plane * rows.exp()[:, None] * cols.exp() for plane in planes]
+    reference = F.linear(b, always) + sum(F.linear(b * m[k], scaled[k]) for k in range(3))
     reference.backward(g)
     assert torch.allclose(y, reference, atol=1e-5)
     assert torch.allclose(a.grad, b.grad, atol=1e-5) and torch.allclose(masks.grad, m.grad, atol=1e-5)
-    assert torch.allclose(weight.grad, g.T @ (a * (levels > 0)).detach(), atol=1e-5)
+    assert torch.allclose(weight.grad, group.scale * (g.T @ (a * (levels > 0)).detach()), atol=1e-5)
+    assert torch.allclose(log_rows.grad, rows.grad, atol=1e-4) and torch.allclose(log_cols.grad, cols.grad, atol=1e-4)
 
 
 def test_the_heads_gradient_is_autograds(made, small, exact):
@@ -116,7 +121,7 @@ def test_codes_are_those_of_the_file(made, name, exact):
     code = Code(group)
     whole = np.concatenate([group.dequantise(i, group.slices) for i in range(len(group.linears))])
     values = torch.from_numpy(whole / np.float32(group.shrink[-1]))
-    assert torch.equal(code.digits(values), code.stored)
+    assert torch.equal(code.digits(values / code.rows / code.cols), code.stored)
     planes = code.planes(code.stored)
     for level in range(1, group.slices + 1):
         stored = np.concatenate([group.dequantise(i, level) for i in range(len(group.linears))])

@@ -110,7 +110,8 @@ def test_joint_training_moves_weights_and_helps(source, tmp_path):
     old, new = tensors(source / "artifact"), tensors(tmp_path / "out")
     weight = "model.layers.0.mlp.up_proj.weight"
     assert not np.array_equal(old[weight], new[weight])
-    assert np.array_equal(old["lowtide.layers.0.o.col_scale"], new["lowtide.layers.0.o.col_scale"])
+    assert not np.array_equal(old["lowtide.layers.0.o.col_scale"], new["lowtide.layers.0.o.col_scale"])
+    assert np.array_equal(old["lowtide.head.col_scale"], new["lowtide.head.col_scale"])
     artifact = open_artifact(tmp_path / "out")
     assert artifact.manifest.stats["learned"]["joint"] and artifact.manifest.stats["learned"]["trained_tokens"] > 0
     native = lowtide.evaluate(

@@ -2,8 +2,9 @@
 
 Forward, a group computes `y = sum_k D_k (a * m_k)`, where `D_k` is what slice k adds to the weights, `a` the input
 minus its mean and `m_k` in {0, 1} whether the token reads slice k. Backward, a mask's gradient is that of a sigmoid in
-place of the step (straight-through), and the weights' is that of a code without rounding: `dW = dy^T (a * m_0)`, for
-what level a channel is read at does not matter to a weight that moves less than its step.
+place of the step (straight-through). Weights are learned in units of their scales, w_ij = r_i c_j z_ij: z takes the
+gradient of a code without rounding, `dz = r c dy^T (a * m_0)`, for what level a channel is read at does not matter to a
+weight that moves less than its step; r and c take the exact one, digits held (after LSQ, arXiv 1902.08153).
 
 Products run in bfloat16, which is several times faster on processors that know it; sums, norms, softmax and the KL stay
 in float32. The int8 coefficients of the engines are left out: they cost less than a training step moves.
@@ -50,6 +51,8 @@ class GradedGroup:
 
     planes: S matrices [out, in] in bfloat16, D_k; always: [out, in] bfloat16, outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; open: f32 [in], 0 for exact channels; side_bits: read whatever the mask.
+    Under training: weight z f32 [out, in] in units of `scale` r_i c_j, the learned parts of the scales' natural
+    logarithms f32 [out] and [in], and the bias.
     """
 
     name: str
@@ -60,6 +63,9 @@ class GradedGroup:
     open: torch.Tensor
     side_bits: int
     weight: nn.Parameter | None = None
+    log_rows: nn.Parameter | None = None
+    log_cols: nn.Parameter | None = None
+    scale: torch.Tensor | None = None
 
     @property
     def out(self) -> int:
@@ -94,12 +100,16 @@ class Code:
         fixed = np.concatenate([_fixed(group, i) for i in range(len(group.linears))])
         self.fixed = torch.from_numpy(fixed)
 
-    def digits(self, weight: torch.Tensor) -> torch.Tensor:
-        """f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
+    def digits(self, units: torch.Tensor) -> torch.Tensor:
+        """Weights in units of the scales f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
         steps = 4.0 ** (self.slices - 1)
-        q = (weight / self.cols).div_(self.rows).add_(self.offsets[-1]).mul_(steps).round_()
+        q = (units + self.offsets[-1]).mul_(steps).round_()
         q = q.clamp_(0, 4 * steps - 1).to(torch.uint8)
         return torch.where(self.fixed, self.stored, q)
+
+    def rescale(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
+        """New scales f32 [out, 1] and [in], rounded to float16, which is what is stored."""
+        self.rows, self.cols = rows.half().float(), cols.half().float()
 
     def planes(self, digits: torch.Tensor) -> list[torch.Tensor]:
         """What every slice adds: S bfloat16 [out, in]."""
@@ -125,31 +135,45 @@ def _fixed(group: GroupTensors, index: int) -> np.ndarray[Any, Any]:
 
 
 class _Product(torch.autograd.Function):
-    """y = sum_k D_k (a * m_k) + always (a or, for exact channels, x); see the module's text for the gradients."""
+    """y = sum_k D_k (a * m_k) + always a, a = x for exact channels; see the module's text for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, masks: torch.Tensor, weight: torch.Tensor | None, group: GradedGroup) -> Any:
+    def forward(
+        ctx: Any,
+        a: torch.Tensor,
+        masks: torch.Tensor,
+        weight: torch.Tensor | None,
+        log_rows: torch.Tensor | None,
+        log_cols: torch.Tensor | None,
+        group: GradedGroup,
+    ) -> Any:
         small = a.to(HALF)
-        y = F.linear(small, group.always).float()
-        for k, plane in enumerate(group.planes):
-            y += F.linear(small * masks[k].to(HALF), plane)
-        ctx.save_for_backward(a, masks)
-        ctx.group, ctx.train_weight = group, weight is not None and weight.requires_grad
-        return y
+        coded = F.linear(small * masks[0].to(HALF), group.planes[0]).float()
+        for k, plane in enumerate(group.planes[1:], 1):
+            coded += F.linear(small * masks[k].to(HALF), plane)
+        ctx.train_weight = weight is not None
+        ctx.save_for_backward(a, masks, *([coded] if ctx.train_weight else []))
+        ctx.group = group
+        return coded + F.linear(small, group.always)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        a, masks = ctx.saved_tensors
+        a, masks, *kept = ctx.saved_tensors
         group: GradedGroup = ctx.group
         g = grads[0].to(HALF)
-        grad_a = (g @ group.always).float()
+        through = torch.zeros_like(a)
         grad_masks = torch.empty_like(masks)
         for k, plane in enumerate(group.planes):
             passed = (g @ plane).float()
             grad_masks[k] = passed * a
-            grad_a += passed * masks[k]
-        grad_weight = (g.T @ (a * masks[0]).to(HALF)).float() if ctx.train_weight else None
-        return grad_a, grad_masks, grad_weight, None
+            through += passed * masks[k]
+        grad_a = through + g @ group.always
+        if not ctx.train_weight:
+            return grad_a, grad_masks, None, None, None, None
+        assert group.scale is not None
+        grad_weight = (g.T @ (a * masks[0]).to(HALF)).float().mul_(group.scale)
+        grad_rows, grad_cols = (grads[0] * kept[0]).sum(0), (a * through).sum(0)
+        return grad_a, grad_masks, grad_weight, grad_rows, grad_cols, None
 
 
 class GradedModel:
@@ -170,6 +194,7 @@ class GradedModel:
         self.config, self.dense = dense.config, dense
         self.codes: dict[str, Code] = {}
         self.row_scales: dict[str, torch.Tensor] = {}
+        self._base: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.groups: dict[str, GradedGroup] = {}
         self.norms: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, group in artifact.groups.items():
@@ -197,8 +222,10 @@ class GradedModel:
         for index, pair in enumerate(self.norms):
             self.norms[index] = (nn.Parameter(pair[0].clone()), nn.Parameter(pair[1].clone()))
             for kind, weight in self.dense.block(index).weights.items():
-                group = self.groups[f"layers.{index}.{kind}"]
-                group.weight, group.bias = nn.Parameter(weight.clone()), nn.Parameter(group.bias)
+                group, code = self.groups[f"layers.{index}.{kind}"], self.codes[f"layers.{index}.{kind}"]
+                self._base[group.name] = (code.rows, code.cols)
+                group.weight, group.bias = nn.Parameter(weight / code.cols / code.rows), nn.Parameter(group.bias)
+                group.log_rows, group.log_cols = (nn.Parameter(torch.zeros(n)) for n in weight.shape)
         self.final_norm = nn.Parameter(self.final_norm.clone())
 
     def _full_head(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,16 +241,18 @@ class GradedModel:
     def refresh(self) -> None:
         """Code the weights as they are now."""
         for name, code in self.codes.items():
-            group = self.groups[name]
-            assert group.weight is not None
-            group.planes = code.planes(code.digits(group.weight))
+            group, (rows, cols) = self.groups[name], self._base[name]
+            assert group.weight is not None and group.log_rows is not None and group.log_cols is not None
+            code.rescale(rows * group.log_rows.exp()[:, None], cols * group.log_cols.exp())
+            group.planes, group.scale = code.planes(code.digits(group.weight)), code.rows * code.cols
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is under training: `GROUP.weight`, `GROUP.bias`, and the norms under their Hugging Face names."""
+        """What is under training: of each group `.weight`, `.bias`, `.log_rows` and `.log_cols`; the norms under their
+        Hugging Face names."""
         found: dict[str, nn.Parameter] = {}
-        for name, group in self.groups.items():
-            if isinstance(group.weight, nn.Parameter) and isinstance(group.bias, nn.Parameter):
-                found |= {f"{name}.weight": group.weight, f"{name}.bias": group.bias}
+        for name in self.codes:
+            parts = {what: getattr(self.groups[name], what) for what in ("weight", "bias", "log_rows", "log_cols")}
+            found |= {f"{name}.{what}": p for what, p in parts.items()}
         named = self.norm_tensors()
         return found | {name: p for name, p in named.items() if isinstance(p, nn.Parameter)}
 
@@ -267,7 +296,7 @@ class GradedModel:
         group = self.groups[name]
         a = x - group.mean  # 0 for exact channels, which so are read as they are
         chosen = masks.masks(name, a)
-        y = _Product.apply(a, chosen, group.weight, group)
+        y = _Product.apply(a, chosen, group.weight, group.log_rows, group.log_cols, group)
         return y + group.bias, 2.0 * group.out * chosen.sum((0, 2))
 
 

@@ -116,7 +116,7 @@ def gains(ipn: Ipn, name: str) -> np.ndarray:  # type: ignore[type-arg]
 
 
 def write_weights(artifact: Artifact, model: GradedModel, out: Path, stats: dict[str, object]) -> None:
-    """The artifact again with the trained weights' digits, biases and norms; policies and everything else stay.
+    """The artifact again with the trained digits, scales, biases and norms; policies and everything else stay.
 
     Raises:
         LowtideError: a bias that left float16's range, or no room.
@@ -146,9 +146,9 @@ def write_weights(artifact: Artifact, model: GradedModel, out: Path, stats: dict
 
 
 def _with_weights(group: GroupTensors, model: GradedModel, name: str) -> GroupTensors:
-    trained = model.groups[name]
+    trained, code = model.groups[name], model.codes[name]
     assert trained.weight is not None
-    digits = model.codes[name].digits(trained.weight.detach()).numpy()
+    digits = code.digits(trained.weight.detach()).numpy()
     bias = trained.bias.detach().to(torch.float16).numpy()
     if not np.isfinite(bias).all():
         raise LowtideError(f"{name}: a trained bias left float16's range; lower --weight-rate")
@@ -156,6 +156,7 @@ def _with_weights(group: GroupTensors, model: GradedModel, name: str) -> GroupTe
     for linear in group.linears:
         rows = slice(first, first + linear.out_features)
         packed = codec.pack_digits(digits[rows], group.slices)
-        linears.append(dataclasses.replace(linear, weight=packed, bias=bias[rows]))
+        scale = code.rows[rows, 0].to(torch.float16).numpy()
+        linears.append(dataclasses.replace(linear, weight=packed, bias=bias[rows], row_scale=scale))
         first += linear.out_features
-    return dataclasses.replace(group, linears=linears)
+    return dataclasses.replace(group, linears=linears, col_scale=code.cols.to(torch.float16).numpy())

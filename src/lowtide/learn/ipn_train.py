@@ -27,6 +27,8 @@ Report = Callable[[str, int, int], None]
 DIVERGED = math.log(2.0)
 """Training stops when the held-out value is this much above where it began."""
 WARM = 10
+SCALE_RATE = 0.5
+"""Rate of the scales' logarithms, in units of the weights' relative rate."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class Learner:
         o = self.options
         groups = []
         for name, p in self.parameters().items():
-            if name.startswith("model/"):
+            if name.endswith((".log_rows", ".log_cols")):
+                rate = o.weight_rate * SCALE_RATE
+            elif name.startswith("model/"):
                 rate = o.weight_rate * float(p.detach().pow(2).mean().sqrt().clamp_min(1e-3))
             elif name.endswith(("/probe", "/bias")):
                 rate = o.probe_rate
