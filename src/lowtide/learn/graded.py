@@ -101,7 +101,7 @@ class Code:
         self.fixed = torch.from_numpy(fixed)
 
     def digits(self, units: torch.Tensor) -> torch.Tensor:
-        """Weights in units of the scales f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
+        """Weights in units of scales f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
         steps = 4.0 ** (self.slices - 1)
         q = (units + self.offsets[-1]).mul_(steps).round_()
         q = q.clamp_(0, 4 * steps - 1).to(torch.uint8)

@@ -1,7 +1,7 @@
 """The compressed model, whole windows at a time, with a rival's plan in place of a mask rule.
 
-The arithmetic of a product is that of `lowtide.compress.masked`; rows may be read in part, and where all channels that
-are read have the same level one matrix product takes the place of one for each slice (the same integers, summed first).
+The arithmetic of a product is that of `lowtide.compress.masked`, in integers as engines do it, ten times faster than
+in floats; rows may be read in part.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from lowtide.rules import RULES
 
 CHUNK_TOKENS = 1024
 """Tokens computed at a time: activations of so many stay small beside the weights."""
+SUMMED_SLICES = 3
+"""Slices whose weighed sum fits in int8: 3 * (1 + 4 + 16) = 63 twice the distance from the centre."""
 
 
 class RivalModel(MaskedModel):
@@ -34,6 +36,8 @@ class RivalModel(MaskedModel):
         self.parts = {name: _rows(group) for name, group in artifact.groups.items()}
         self.body = [name for name in self.groups if name not in ("head", "embed")]
         self.body_weights = sum(self.weights(name) for name in self.body)
+        self._int8: dict[tuple[str, int, int, int], torch.Tensor] = {}
+        self._sparse: dict[tuple[str, int, int], torch.Tensor] = {}
         self.all_weights = sum(self.weights(name) for name in self.groups)
         table = self.groups["head" if self.config.tied else "embed"]
         self.embedding_bits = 2 * len(table.planes) * self.config.hidden_size + 16 * self.config.hidden_size + 16
@@ -104,36 +108,81 @@ class RivalModel(MaskedModel):
         if group.stats.exact is not None:
             levels = torch.where(group.stats.exact, 0, levels)
         a = x - group.stats.mean
-        gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
-        base = a * group.col_scale * gamma
-        top = int(levels.max())
-        y = group.bias[rows] + F.linear(a, group.outliers[rows])
-        if top and bool(((levels == 0) | (levels == top)).all()):
-            total = F.linear(self._round(base), self._sum_of_planes(name, top, rows))
-            y += total * group.row_scale[rows]
-        elif top:
-            values = self._coefficients(base, levels, len(group.planes))[:top]
-            total = sum((F.linear(v, group.planes[s][rows]) for s, v in enumerate(values)), torch.zeros(()))
-            y += total * group.row_scale[rows]
+        flat, level = a.reshape(-1, a.shape[-1]), levels.reshape(-1, a.shape[-1])
+        y = (self._outliers(name, rows) @ flat.T).T + group.bias[rows]
+        gamma = torch.cat([torch.zeros(1), group.shrink])[level]
+        total = (self._integers if self.quantise_coefficients else self._floats)(
+            name, flat * group.col_scale * gamma, level, rows
+        )
+        y = (y + total * group.row_scale[rows]).view(*x.shape[:-1], -1)
         if len(group.exact_channels):
-            y += x[..., group.exact_channels] @ group.exact[:, rows]
+            y = y + x[..., group.exact_channels] @ group.exact[:, rows]
         return y, 2.0 * levels.sum(-1, dtype=torch.float32) * (rows.stop - rows.start)
 
-    def _sum_of_planes(self, name: str, level: int, rows: slice) -> torch.Tensor:
-        planes = self.groups[name].planes
-        return sum((planes[s][rows] * 4.0**-s for s in range(1, level)), planes[0][rows])
+    def _floats(self, name: str, base: torch.Tensor, levels: torch.Tensor, rows: slice) -> torch.Tensor:
+        """sum_s 4^-s * base * (d_s - centre) over the slices read, f32 [n, rows], coefficients not rounded."""
+        total = torch.zeros(len(base), rows.stop - rows.start)
+        for s in range(int(levels.max())):
+            total += F.linear(torch.where(levels > s, base * 4.0**-s, 0.0), self.groups[name].planes[s][rows])
+        return total
 
-    def _round(self, base: torch.Tensor) -> torch.Tensor:
-        """8-bit coefficients of channels that are all read at one level: every slice is then a class of its own, and
-        all classes round to the same integers."""
-        if not self.quantise_coefficients:
-            return base
-        unit = (base.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-        return (base / unit).round() * unit
+    def _integers(self, name: str, base: torch.Tensor, levels: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The same with coefficients of 8 bits for each class k = level - s - 1, multiplied as integers.
+
+        Where all channels that are read have one level, each slice is a class of its own and all classes round to the
+        same integers, so that the slices can be summed first.
+        """
+        top = int(levels.max())
+        if top == 0:
+            return torch.zeros(len(base), rows.stop - rows.start)
+        members = [(levels == level).to(torch.int8) for level in range(1, top + 1)]
+        peaks = torch.stack([(base * member).abs().amax(-1) for member in members])  # [top, n]
+        if top <= SUMMED_SLICES and not bool(peaks[:-1].any()):
+            unit = (peaks[-1] / 127).clamp_min(1e-30)[:, None]
+            whole = (base / unit).round().to(torch.int8)
+            return _multiply(whole, self._digits(name, rows, top)) * (unit * (0.5 * 4.0 ** (1 - top)))
+        scale = torch.tensor([4.0**-s for s in range(top)])[:, None]
+        units = [((peaks[k:] * scale[: top - k]).amax(0) / 127).clamp_min(1e-30) for k in range(top)]
+        stacked, total = self._digits(name, rows, 0), torch.zeros(len(base), rows.stop - rows.start)
+        parts: list[list[torch.Tensor]] = [[] for _ in range(top)]
+        for s in range(top):
+            factors = [torch.zeros(len(base))] * (s + 1) + [4.0**-s / units[k] for k in range(top - s)]
+            whole = (base * torch.stack(factors, -1).gather(-1, levels.long())).round().to(torch.int8)
+            for k in range(top - s):
+                parts[k].append(whole * members[s + k])
+        for k, (unit, part) in enumerate(zip(units, parts, strict=True)):
+            total += _multiply(torch.cat(part, -1), stacked[: (top - k) * base.shape[1]]) * (0.5 * unit)[:, None]
+        return total
+
+    def _digits(self, name: str, rows: slice, level: int) -> torch.Tensor:
+        """2 (d - centre) as int8: all slices, one below the other, [S * in, rows]; or, with a level, their sum
+        weighed by 4^(level - 1 - s), [in, rows]."""
+        key = (name, rows.start, rows.stop, level)
+        if key not in self._int8:
+            planes = self.groups[name].planes[:, rows]
+            if level:
+                weights = torch.tensor([2 * 4.0 ** (level - 1 - s) for s in range(level)])
+                made = torch.einsum("s,soi->io", weights, planes[:level])
+            else:
+                made = (2 * planes).transpose(1, 2).reshape(-1, rows.stop - rows.start)
+            self._int8[key] = made.to(torch.int8).contiguous()
+        return self._int8[key]
+
+    def _outliers(self, name: str, rows: slice) -> torch.Tensor:
+        """The outliers of those rows, sparse f32 [rows, in]."""
+        key = (name, rows.start, rows.stop)
+        if key not in self._sparse:
+            self._sparse[key] = self.groups[name].outliers[rows].to_sparse()
+        return self._sparse[key]
 
     def full_levels(self, name: str, x: torch.Tensor, level: int) -> torch.Tensor:
         """One level for every channel of x [..., in]: i32 [..., in]."""
         return torch.full(x.shape, level, dtype=torch.int32)
+
+
+def _multiply(coefficients: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
+    """int8 [n, in] times int8 [in, out], summed exactly, as f32 [n, out]."""
+    return torch._int_mm(coefficients, digits).float()
 
 
 def _rows(group: GroupTensors) -> tuple[slice, ...]:
