@@ -63,30 +63,27 @@ class Shared(At):
     """One mask for `chunk` consecutive tokens: levels of the root mean square of their scores."""
 
     def __init__(self, ipn: Ipn, bits: float, shift: float = 0.0, chunk: int = 4) -> None:
-        super().__init__(ipn, bits, shift, keep_margins=True)
+        super().__init__(ipn, bits, shift)
         self.chunk = chunk
 
-    def masks(self, name: str, a: torch.Tensor) -> torch.Tensor:
-        """See `At.masks`."""
-        super().masks(name, a)
-        margins = self.margins[name]
-        slices, tokens, inputs = margins.shape
-        chunks = (2 * margins).exp2().view(slices, tokens // self.chunk, self.chunk, inputs)
-        pooled = chunks.mean(2).log2() / 2
-        return (pooled > 0).float().repeat_interleave(self.chunk, 1) * self.ipn.open[name]
+    def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `At.scores`."""
+        score, theta = super().scores(name, a)
+        chunks = (2 * score).exp2().view(-1, self.chunk, score.shape[1])
+        return (chunks.mean(1).log2() / 2).repeat_interleave(self.chunk, 0), theta
 
 
 class Cached(At):
     """A token takes the last mask made, if its scores' direction is within `drift` (cosine) of that token's."""
 
     def __init__(self, ipn: Ipn, bits: float, shift: float = 0.0, drift: float = 0.8, window: int = 256) -> None:
-        super().__init__(ipn, bits, shift, keep_margins=True)
+        super().__init__(ipn, bits, shift)
         self.drift, self.window = drift, window
         self.hits = self.asked = 0
 
-    def masks(self, name: str, a: torch.Tensor) -> torch.Tensor:
-        """See `At.masks`."""
-        fresh = super().masks(name, a)
+    def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `At.scores`."""
+        fresh, theta = super().scores(name, a)
         score = a.abs() * self.ipn.log_importance(name).exp2()
         unit = score / score.norm(dim=1, keepdim=True).clamp_min(1e-20)
         source = torch.arange(len(a))
@@ -99,7 +96,7 @@ class Cached(At):
                 else:
                     last = token
         self.asked += len(a)
-        return fresh[:, source]
+        return fresh[source], theta
 
 
 @dataclass
@@ -137,8 +134,8 @@ class Bench:
         at = At(ipn, bits, keep_margins=True)
         self.model.hidden(self.subject.ids[:1], at)
         both = total = 0.0
-        for name, margins in at.margins.items():
-            m = (margins > 0).float() * ipn.open[name]
+        for margins in at.margins.values():
+            m = (margins > 0).float()
             both += float((m[:, 1:] * m[:, :-1]).sum())
             total += float(m[:, 1:].sum())
         return both / max(total, 1.0)

@@ -82,24 +82,24 @@ def test_gradients_are_those_of_the_text(exact):
     planes = [torch.randn(7, 5, generator=generator) for _ in range(3)]
     always = torch.randn(7, 5, generator=generator)
     group = GradedGroup("layers.0.o", planes, always, torch.zeros(7), torch.zeros(5), torch.ones(5), 0)
-    a = torch.randn(4, 5, generator=generator, requires_grad=True)
-    levels = torch.randint(0, 4, (4, 5), generator=generator)
-    masks = torch.stack([(levels > k).float() for k in range(3)]).requires_grad_(True)
-    weight = torch.zeros(7, 5, requires_grad=True)
-    log_rows, log_cols = torch.zeros(7, requires_grad=True), torch.zeros(5, requires_grad=True)
     group.scale = torch.rand(7, 5, generator=generator)
-    y = graded._Product.apply(a, masks, weight, log_rows, log_cols, group)
-    g = torch.randn(4, 7, generator=generator)
-    y.backward(g)
-    b, m = a.detach().clone().requires_grad_(True), masks.detach().clone().requires_grad_(True)
-    rows, cols = torch.zeros(7, requires_grad=True), torch.zeros(5, requires_grad=True)
+    a, score = (torch.randn(4, 5, generator=generator, requires_grad=True) for _ in range(2))
+    theta, tau = torch.tensor([-0.5, 0.1, 0.6], requires_grad=True), 0.7
+    learned = [torch.zeros(s, requires_grad=True) for s in ((7, 5), 7, 5)]
+    y, count = graded._Product.apply(a, score, theta, *learned, group, tau)
+    g, h = torch.randn(4, 7, generator=generator), torch.randn(4, generator=generator)
+    ((y * g).sum() + (count * h).sum()).backward()
+    b, s, t, rows, cols = (v.detach().clone().requires_grad_(True) for v in (a, score, theta, *learned[1:]))
+    soft = torch.sigmoid((s[None] - t[:, None, None]) / tau)
+    masks = (s[None] > t[:, None, None]).float() + soft - soft.detach()  # straight-through
     scaled = [plane * rows.exp()[:, None] * cols.exp() for plane in planes]
-    reference = F.linear(b, always) + sum(F.linear(b * m[k], scaled[k]) for k in range(3))
-    reference.backward(g)
-    assert torch.allclose(y, reference, atol=1e-5)
-    assert torch.allclose(a.grad, b.grad, atol=1e-5) and torch.allclose(masks.grad, m.grad, atol=1e-5)
-    assert torch.allclose(weight.grad, group.scale * (g.T @ (a * (levels > 0)).detach()), atol=1e-5)
-    assert torch.allclose(log_rows.grad, rows.grad, atol=1e-4) and torch.allclose(log_cols.grad, cols.grad, atol=1e-4)
+    reference = F.linear(b, always) + sum(F.linear(b * masks[k], scaled[k]) for k in range(3))
+    ((reference * g).sum() + (masks.sum((0, 2)) * h).sum()).backward()
+    assert torch.allclose(y, reference, atol=1e-5) and torch.equal(count, masks.detach().round().sum((0, 2)))
+    for ours, theirs in ((a, b), (score, s), (theta, t), (learned[1], rows), (learned[2], cols)):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
+    read = (a * (score > theta[0])).detach()
+    assert torch.allclose(learned[0].grad, group.scale * (g.T @ read), atol=1e-5)
 
 
 def test_the_heads_gradient_is_autograds(made, small, exact):

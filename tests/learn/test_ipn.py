@@ -56,7 +56,8 @@ def test_masks_count_thresholds_below_the_moved_score():
     stream, a = torch.randn(9, 6, generator=generator), 6 * torch.randn(9, 5, generator=generator)
     at = At(ipn, 2.6, shift=0.1)
     at.see("layers.0.qkv", stream)
-    masks = at.masks("layers.0.o", a)
+    scores, cuts = at.scores("layers.0.o", a)
+    masks = (scores[None] > cuts[:, None, None]).float()
     probe, bias, mix = (
         ipn.get(n, w) for n, w in (("layers.0.qkv", "probe"), ("layers.0.qkv", "bias"), ("layers.0.o", "mix"))
     )
@@ -74,8 +75,8 @@ def test_exact_channels_are_never_read():
     ipn = make()
     at = At(ipn, 2.0)
     at.see("layers.0.gate_up", torch.ones(3, 6))
-    masks = at.masks("layers.0.down", 100 * torch.ones(3, 8))
-    assert (masks[:, :, 2] == 0).all() and (masks[:, :, 0] == 1).all()
+    scores, cuts = at.scores("layers.0.down", 100 * torch.ones(3, 8))
+    assert (scores[:, 2] == -torch.inf).all() and (scores[:, 0] > cuts.max()).all()
 
 
 def test_corrections_stop_at_the_trained_range():
@@ -112,8 +113,8 @@ def passes(ipn: Ipn, **options) -> At:
     at = At(ipn, 2.5, keep_margins=True, **options)
     generator = torch.Generator().manual_seed(4)
     at.see("layers.0.gate_up", torch.randn(8, 6, generator=generator))
-    at.masks("layers.0.gate_up", torch.randn(8, 6, generator=generator))
-    at.masks("layers.0.down", torch.randn(8, 8, generator=generator))
+    at.scores("layers.0.gate_up", torch.randn(8, 6, generator=generator))
+    at.scores("layers.0.down", torch.randn(8, 8, generator=generator))
     return at
 
 
@@ -137,7 +138,7 @@ def test_the_l1_term_is_the_mean_of_soft_masks():
     total = weights = 0.0
     for name, margins in at.margins.items():
         out = model.groups[name].out
-        soft = torch.sigmoid(margins / at.tau) * ipn.open[name]
+        soft = torch.sigmoid(margins / at.tau)
         total += out * float(soft.mean((0, 1)).sum())
         weights += out * margins.shape[2]
     assert float(mean_open(model, at)) == pytest.approx(total / weights, rel=1e-5)
@@ -164,7 +165,7 @@ def test_probes_find_what_makes_tokens_sensitive():
     ratios = fit_probes(ipn, seen, steps=300)
     best = float(cost(say["layers.0.o"], drive / (2 * math.log(2))).exp())
     assert best < 0.35 and ratios["layers.0.o"] < best + 0.15
-    assert 0.9 < ratios["layers.0.down"] <= 1  # its stream was shuffled: nothing to find
+    assert 0.9 < ratios["layers.0.down"] < 1.001  # its stream was shuffled: nothing to find
     offset = ipn.offset("layers.0.o", ipn.feature_values("layers.0.qkv", stream))
     assert float(torch.corrcoef(torch.stack([offset.detach(), drive]))[0, 1]) > 0.9
     assert abs(float(offset.mean())) < 0.2

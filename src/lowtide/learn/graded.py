@@ -1,10 +1,11 @@
 """The graded model as something to train: every token reads its own levels, and gradients pass through the masks.
 
 Forward, a group computes `y = sum_k D_k (a * m_k)`, where `D_k` is what slice k adds to the weights, `a` the input
-minus its mean and `m_k` in {0, 1} whether the token reads slice k. Backward, a mask's gradient is that of a sigmoid in
-place of the step (straight-through). Weights are learned in units of their scales, w_ij = r_i c_j z_ij: z takes the
-gradient of a code without rounding, `dz = r c dy^T (a * m_0)`, for what level a channel is read at does not matter to a
-weight that moves less than its step; r and c take the exact one, digits held (after LSQ, arXiv 1902.08153).
+minus its mean and `m_k` in {0, 1} whether the token reads slice k: its score is above theta_k. Backward, a mask's
+gradient is that of a sigmoid in place of the step (straight-through). Weights are learned in units
+of their scales, w_ij = r_i c_j z_ij: z takes the gradient of a code without rounding, `dz = r c dy^T (a * m_0)`, for
+what level a channel is read at does not matter to a weight that moves less than its step; r and c take the exact one,
+digits held (after LSQ, arXiv 1902.08153).
 
 Products run in bfloat16, which is several times faster on processors that know it; sums, norms, softmax and the KL stay
 in float32. The int8 coefficients of the engines are left out: they cost less than a training step moves.
@@ -34,14 +35,18 @@ FEATURE_GROUPS = {"qkv": "qkv", "o": "qkv", "gate_up": "gate_up", "down": "gate_
 
 
 class Masks(Protocol):
-    """What decides the levels: an `lowtide.learn.ipn.Ipn` at a budget, for one call of the model."""
+    """What decides the levels: a `lowtide.learn.ipn.At`, an Ipn at a budget for one call of the model."""
+
+    tau: float
+    """Temperature of the masks' gradient, log2 units."""
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """A normed residual stream f32 [T, in] passes by, at the input of group `name`."""
         ...
 
-    def masks(self, name: str, a: torch.Tensor) -> torch.Tensor:
-        """Masks f32 [S, T, in] of 0 and 1, nested, for the centred input a f32 [T, in] of group `name`."""
+    def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the centred input a f32 [T, in] of group `name`: log2 scores f32 [T, in], -inf for exact channels, and
+        thresholds f32 [S] in log2."""
         ...
 
 
@@ -135,45 +140,56 @@ def _fixed(group: GroupTensors, index: int) -> np.ndarray[Any, Any]:
 
 
 class _Product(torch.autograd.Function):
-    """y = sum_k D_k (a * m_k) + always a, a = x for exact channels; see the module's text for the gradients."""
+    """(y, slices open for each token): y = sum_k D_k (a * m_k) + always a, m_k = [score > theta_k], a = x for exact
+    channels; see the module's text for the gradients. Masks are made again on the way back: kept, they would take most
+    of the memory."""
 
     @staticmethod
     def forward(
         ctx: Any,
         a: torch.Tensor,
-        masks: torch.Tensor,
+        score: torch.Tensor,
+        theta: torch.Tensor,
         weight: torch.Tensor | None,
         log_rows: torch.Tensor | None,
         log_cols: torch.Tensor | None,
         group: GradedGroup,
+        tau: float,
     ) -> Any:
         small = a.to(HALF)
-        coded = F.linear(small * masks[0].to(HALF), group.planes[0]).float()
-        for k, plane in enumerate(group.planes[1:], 1):
-            coded += F.linear(small * masks[k].to(HALF), plane)
+        coded, count = torch.zeros(()), torch.zeros(len(a))
+        for t, plane in zip(theta, group.planes, strict=True):
+            mask = score > t
+            count += mask.sum(1)
+            coded = coded + F.linear(small * mask, plane).float()
         ctx.train_weight = weight is not None
-        ctx.save_for_backward(a, masks, *([coded] if ctx.train_weight else []))
-        ctx.group = group
-        return coded + F.linear(small, group.always)
+        ctx.save_for_backward(a, score, theta, *([coded] if ctx.train_weight else []))
+        ctx.group, ctx.tau = group, tau
+        return coded + F.linear(small, group.always), count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        a, masks, *kept = ctx.saved_tensors
+        a, score, theta, *kept = ctx.saved_tensors
         group: GradedGroup = ctx.group
         g = grads[0].to(HALF)
-        through = torch.zeros_like(a)
-        grad_masks = torch.empty_like(masks)
+        through, grad_score, grad_theta = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(theta)
         for k, plane in enumerate(group.planes):
             passed = (g @ plane).float()
-            grad_masks[k] = passed * a
-            through += passed * masks[k]
+            soft = torch.sigmoid((score - theta[k]) / ctx.tau)
+            moved = (passed * a).add_(grads[1][:, None]).mul_(soft).mul_(1 - soft)
+            grad_score += moved
+            grad_theta[k] = -moved.sum()
+            through += passed * (score > theta[k])
+        grad_score /= ctx.tau
+        grad_theta /= ctx.tau
         grad_a = through + g @ group.always
         if not ctx.train_weight:
-            return grad_a, grad_masks, None, None, None, None
+            return grad_a, grad_score, grad_theta, None, None, None, None, None
         assert group.scale is not None
-        grad_weight = (g.T @ (a * masks[0]).to(HALF)).float().mul_(group.scale)
+        read = a.to(HALF) * (score > theta[0])
+        grad_weight = (g.T @ read).float().mul_(group.scale)
         grad_rows, grad_cols = (grads[0] * kept[0]).sum(0), (a * through).sum(0)
-        return grad_a, grad_masks, grad_weight, grad_rows, grad_cols, None
+        return grad_a, grad_score, grad_theta, grad_weight, grad_rows, grad_cols, None, None
 
 
 class GradedModel:
@@ -295,9 +311,9 @@ class GradedModel:
         """One group: x f32 [T, in] -> (y f32 [T, out], bits read through slices f32 [T])."""
         group = self.groups[name]
         a = x - group.mean  # 0 for exact channels, which so are read as they are
-        chosen = masks.masks(name, a)
-        y = _Product.apply(a, chosen, group.weight, group.log_rows, group.log_cols, group)
-        return y + group.bias, 2.0 * group.out * chosen.sum((0, 2))
+        score, theta = masks.scores(name, a)
+        y, count = _Product.apply(a, score, theta, group.weight, group.log_rows, group.log_cols, group, masks.tau)
+        return y + group.bias, 2.0 * group.out * count
 
 
 def _embedding(group: GroupTensors) -> torch.Tensor:

@@ -35,22 +35,6 @@ MIDDLE = 3.0
 TINY = 1e-30
 
 
-class _Open(torch.autograd.Function):
-    """1 where z > 0, with the gradient of sigmoid(z / tau)."""
-
-    @staticmethod
-    def forward(ctx, z: torch.Tensor, tau: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(z)
-        ctx.tau = tau
-        return (z > 0).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx, *grads: torch.Tensor):  # type: ignore[no-untyped-def]
-        (z,) = ctx.saved_tensors
-        s = torch.sigmoid(z / ctx.tau)
-        return grads[0] * s * (1 - s) / ctx.tau, None
-
-
 class _Clip(torch.autograd.Function):
     """Clipping whose gradient passes where it leads back inside."""
 
@@ -212,20 +196,20 @@ class At:
         if self.ipn.features:
             self._features = {_kind(name): self.ipn.feature_values(name, x.detach())}
 
-    def masks(self, name: str, a: torch.Tensor) -> torch.Tensor:
-        """See `Masks`."""
+    def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Masks`: log2 scores f32 [T, in] of a group and its thresholds f32 [S]."""
         ipn = self.ipn
         score = a.detach().abs().clamp_min(TINY).log2() + ipn.log_importance(name)
         if ipn.features and name != "head":
             offset = ipn.offset(name, self._features[FEATURE_GROUPS[_kind(name)]])
             self.offsets[name] = offset
             score = score + (ipn.gain(name, self.bits) * offset)[:, None]
-        margins = score[None] - (ipn.theta(name, self.bits) + self.shift)[:, None, None]
+        if not bool(ipn.open[name].all()):
+            score = score.masked_fill(ipn.open[name] == 0, -torch.inf)
+        theta = ipn.theta(name, self.bits) + self.shift
         if self.keep_margins:
-            self.margins[name] = margins
-        masks = _Open.apply(margins, self.tau)
-        assert isinstance(masks, torch.Tensor)
-        return masks * ipn.open[name]
+            self.margins[name] = score[None] - theta[:, None, None]
+        return score, theta
 
 
 def _kind(name: str) -> str:

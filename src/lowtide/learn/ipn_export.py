@@ -94,7 +94,7 @@ def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shi
         model.hidden(ids, at)
         curves = []
         for name, margins in at.margins.items():
-            flat = torch.where(ipn.open[name] > 0, margins, -torch.inf).reshape(-1)
+            flat = margins.reshape(-1)
             flat = flat[:: max(1, len(flat) >> 18) | 1]
             curves.append((flat.sort().values, 2.0 * model.groups[name].out * margins.shape[0] * margins.shape[2]))
         low, high = -8.0, 8.0

@@ -66,7 +66,7 @@ def mean_open(model: GradedModel, at: At) -> torch.Tensor:
     total, weights = torch.zeros(()), 0
     for name, margins in at.margins.items():
         group = model.groups[name]
-        total = total + group.out * torch.sigmoid(margins / at.tau).mul(at.ipn.open[name]).mean((0, 1)).sum()
+        total = total + group.out * torch.sigmoid(margins / at.tau).mean((0, 1)).sum()
         weights += group.out * group.inputs
     return total / weights
 
