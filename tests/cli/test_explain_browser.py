@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from html.parser import HTMLParser
 
@@ -64,6 +65,21 @@ def pages(tmp_path_factory):
     return found, page(found), other.chosen, page(other)
 
 
+def dump_dom(options):
+    """Runs Chromium; its stdout and stderr. On a busy machine it sometimes never starts up: then once more."""
+    command = [CHROMIUM, "--headless", "--disable-gpu", "--enable-logging=stderr", "--disable-background-networking"]
+    if os.geteuid() == 0:
+        command += ["--no-sandbox", "--no-zygote"]  # the sandbox refuses to run as root
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for _ in range(3):
+        with subprocess.Popen([*command, *options], text=True, start_new_session=True, **pipes) as process:
+            try:
+                return process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the group is its own: helpers go with it
+    raise AssertionError("Chromium did not answer within a minute, three times")
+
+
 @pytest.fixture
 def browse(tmp_path):
     """Opens a page in Chromium, runs a script in it, gives the DOM as text and what the script handed to `note`."""
@@ -75,22 +91,12 @@ def browse(tmp_path):
         )
         note += "document.getElementById('note').textContent = JSON.stringify(x); };\n"
         path.write_text(text.replace("</body>", f"<script>{note}{script}</script></body>"), encoding="utf-8")
-        command = [
-            CHROMIUM,
-            "--headless",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'user'}",
-        ]
-        command += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run as root
-        done = subprocess.run(
-            [*command, *options, "--dump-dom", path.as_uri() + at], capture_output=True, text=True, timeout=120
-        )
-        assert "<html" in done.stdout, done.stderr[-2000:]
-        errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        out, err = dump_dom([*options, f"--user-data-dir={tmp_path / 'user'}", "--dump-dom", path.as_uri() + at])
+        assert "<html" in out, err[-2000:]
+        errors = [line for line in err.splitlines() if "CONSOLE" in line]
         assert errors == []
-        noted = re.search(r'<pre id="note">(.*?)</pre>', done.stdout)
-        return done.stdout, json.loads(noted[1].replace("&lt;", "<").replace("&amp;", "&")) if noted else None
+        noted = re.search(r'<pre id="note">(.*?)</pre>', out)
+        return out, json.loads(noted[1].replace("&lt;", "<").replace("&amp;", "&")) if noted else None
 
     return run
 
