@@ -115,7 +115,8 @@ def _policy(options: argparse.Namespace, subject: Subject, policy: str) -> Itera
         engine=options.engine,
         threads=options.threads,
     )
-    trained = int(subject.artifact.manifest.stats.get("trained_tokens", 0)) if policy.startswith("ipn") else 0
+    learned = subject.artifact.manifest.stats.get("learned") or {}
+    trained = int(learned.get("trained_tokens", 0)) if policy.startswith("ipn") or learned.get("joint") else 0
     for point in result["points"]:
         yield _row(subject, options, policy, point["bits"], point, trained) | {"setting": "", "where": STORED}
 

@@ -31,7 +31,8 @@ def arguments(tmp_path):
     (tmp_path / "calibration.txt").write_text(TEXT * 2)
     return [str(tmp_path / "model"), str(path), "--text", str(tmp_path / "text.txt"), "--windows", "2", "--window",
             "32", "--calibration", str(tmp_path / "calibration.txt"), "--calibration-windows", "3", "--bits", f"{BITS}",
-            "--engine", "reference", "--work", str(tmp_path / "work"), "--json"]  # fmt: skip
+            "--engine", "reference", "--work", str(tmp_path / "work"), "--sections", "rivals",
+            "--json"]  # fmt: skip
 
 
 def run(load, arguments, capsys):
