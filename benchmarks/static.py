@@ -11,7 +11,8 @@ Sections (--sections):
            its own arithmetic. Each llama.cpp type is paired with the smallest lowtide file of equal or smaller KL.
   levels   the artifacts above read dynamically by the native engine, and one that was pruned first: KL at bits read.
   importance  the column importance as a multiplier of the reconstructed weights, at several powers.
-  pruning, codec, fingerprint, keyed   the scripts of these names, their rows added to this file's.
+  pruning, codec, fingerprint, keyed   the scripts of these names, their rows added to this file's; keyed trains on the
+           calibration text and is judged on --text.
 
 Rows of `files`: {model, codec, density, file_bytes, entropy_bits, coded_bits, kl, ppl, peer, peer_file_bytes, peer_kl}.
 """
@@ -73,6 +74,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="every section, each short: a trial run")
     parser.add_argument("--json", action="store_true", help="print all rows as JSON")
     options = parser.parse_args(argv)
+    options.keyed_texts = [options.calibration, options.text] if options.calibration and options.text else []
     if options.quick:
         options.text, options.sampled, options.window = None, options.sampled or 4, min(options.window, 256)
         options.steps, options.sparsity, options.static, options.llama = "4e-4,2e-4", "0.5", "5", ""
@@ -263,6 +265,13 @@ def other_rows(section: str, options: argparse.Namespace, label: str) -> list[di
         command += ["--calibration", options.calibration] if options.calibration else []
     elif section == "codec":
         command += [options.model, "--name", label]
+    elif section == "fingerprint":
+        command += [options.model]
+    elif not options.keyed_texts:
+        common.note("keyed: left out, it needs --calibration and --text")
+        return []
+    else:
+        command += ["--text", *options.keyed_texts]
     common.note(" ".join(Path(c).name for c in command[1:3]))
     done = subprocess.run([*command, "--json", *(["--quick"] if options.quick else [])], stdout=subprocess.PIPE)
     if done.returncode:

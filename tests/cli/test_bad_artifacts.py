@@ -33,7 +33,7 @@ DAMAGE = {
     "overlap": (overlap, "row_scale"),
     "nan": (lambda f: tamper.edit_tensor(f, ROW_SCALE, lambda v: v.__setitem__(0, np.nan)), ROW_SCALE),
     "infinite": (lambda f: tamper.edit_tensor(f, ROW_SCALE, lambda v: v.__setitem__(0, np.inf)), ROW_SCALE),
-    "newer": (lambda f: tamper.edit_manifest(f, lambda m: m.update(format_version=3)), "format_version"),
+    "newer": (lambda f: tamper.edit_manifest(f, lambda m: m.update(format_version=99)), "format_version"),
     "escape": (
         lambda f: tamper.edit_manifest(f, lambda m: m["files"].update({"../out": {"bytes": 0, "sha256": "0" * 64}})),
         "../out",

@@ -113,6 +113,7 @@ READERS = {
     "chat": (),
     "bench": (),
     "inspect": (),
+    "explain": ("--prompt", "x"),
     "pack": ("out",),
     "verify": (),
 }

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-COMMANDS = ("compress", "eval", "generate", "chat", "bench", "inspect", "pack", "prune", "verify")
+COMMANDS = ("compress", "eval", "generate", "chat", "bench", "inspect", "explain", "pack", "prune", "verify")
 
 
 def budgets(artifact):

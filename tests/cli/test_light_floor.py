@@ -42,6 +42,7 @@ def light(*arguments, **options):
         ("chat", "{}", "-n", "4", "--bits", "5"),
         ("bench", "{}", "--bits", "5", "-p", "8", "-n", "4", "-r", "1"),
         ("inspect", "{}"),
+        ("explain", "{}", "--prompt", "the", "--bits", "5", "--json"),
         ("verify", "{}"),
     ],
     ids=lambda command: command[0],

@@ -156,6 +156,7 @@ def test_force_replaces_an_artifact(small_model, tmp_path):
         ({"bits_max": 10}, "--bits-max 10"),
         ({"policies": []}, "policies: give one or more"),
         ({"policies": ["channel-norm", "channel-norm:0,2,4,6"]}, "each once"),
+        ({"policies": ["channel-norm", "ipn"]}, "policy ipn: is learned"),
         ({"policies": ["best-rule"]}, "unknown mask rule 'best-rule'"),
         ({"policies": ["channel-norm:0,8"]}, "levels must be"),
     ],

@@ -147,7 +147,7 @@ def joint(
     tokens: Annotated[int, typer.Option(help="Tokens of the text, at most.")] = 262_144,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     windows: Annotated[int, typer.Option(help="Windows of a step; fewer need less memory.")] = 8,
-    weight_rate: Annotated[float, typer.Option(help="Adam's rate for weights, relative to their size.")] = 0.002,
+    weight_rate: Annotated[float, typer.Option(help="Adam's rate for weights, relative to their size.")] = 0.003,
     consistency: Annotated[float, typer.Option(help="Weight of the mask consistency term.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")] = True,

@@ -99,9 +99,7 @@ def compress(
     target = Path(out)
     if (target.exists() or target.is_symlink()) and not force:
         raise LowtideError(f"{target}: exists already; choose another folder or give --force")
-    texts = [parse_policy(p, bits // 2).text for p in policies]
-    if not texts or len(set(texts)) != len(texts):
-        raise LowtideError("policies: give one or more, each once")
+    texts = _policies(policies, bits // 2)
     if calibration_tokens is not None and calibration is None:
         raise LowtideError("--calibration-tokens: needs --calibration, the text to take them from")
     source = open_source(model) if isinstance(model, (str, Path)) else model
@@ -116,6 +114,17 @@ def compress(
         raise LowtideError(f"{error.filename or target}: {error.strerror or error}") from None
     job.root.remove()
     return figures | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _policies(policies: Sequence[str], slices: int) -> list[str]:
+    """Policies as the manifest names them; LowtideError for none, one given twice, or one that must be learned."""
+    parsed = [parse_policy(p, slices) for p in policies]
+    texts = [p.text for p in parsed]
+    if not texts or len(set(texts)) != len(texts):
+        raise LowtideError("policies: give one or more, each once")
+    if any(p.rule.name == "ipn" for p in parsed):
+        raise LowtideError("policy ipn: is learned, not calibrated; compress first, then `lowtide learn ipn`")
+    return texts
 
 
 def compress_curve(
@@ -136,7 +145,7 @@ def compress_curve(
         if Path(out).exists():
             raise LowtideError(f"{out}: exists already; choose another folder")
     source = open_source(model) if isinstance(model, (str, Path)) else model
-    texts = [parse_policy(p, 4).text for p in policies]
+    texts = _policies(policies, 4)
     job = _Job(source, 4, seed, progress or (lambda *_: None), Target(step=min(outs)), None)
     first = Path(next(iter(outs.values())))
     job.prepare(

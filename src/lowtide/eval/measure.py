@@ -173,7 +173,9 @@ def all_weights(artifact: Artifact) -> int:
 def _point(artifact: Artifact, policy: str | None, bits: float | str | None) -> _Point:
     target = parse_bits(bits) if isinstance(bits, str) else bits
     params = policy_params(artifact, policy, target)
-    return _Point(target, BudgetController(params, target, body_weights(artifact), body_side_bits(artifact)))
+    return _Point(
+        target, BudgetController(params, target, body_weights(artifact), body_side_bits(artifact, params.rule))
+    )
 
 
 def _windows(artifact: Artifact, source: Source, text: TextOrIds, windows: int, window: int, bos: bool) -> I32:

@@ -52,8 +52,8 @@ class IpnOptions:
     focus: float = 0.0
     windows: int = 8
     ramp: float = 0.3
-    rate: float = 0.02
-    probe_rate: float = 0.001
+    rate: float = 0.005
+    probe_rate: float = 0.0005
     weight_rate: float = 0.0
     tau: float = 0.7
     prices: Prices = field(default_factory=Prices)

@@ -173,7 +173,7 @@ class Model:
     def controller(self, bits: float | None, policy: str | None = None) -> BudgetController:
         """A fresh budget controller for this artifact (see `BudgetController`)."""
         params = policy_params(self.artifact, policy, bits)
-        return BudgetController(params, bits, self._weights, body_side_bits(self.artifact))
+        return BudgetController(params, bits, self._weights, body_side_bits(self.artifact, params.rule))
 
     def _start(
         self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController, reuse: bool
