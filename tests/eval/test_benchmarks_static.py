@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from support.twin import make_twins
 
+from lowtide.compress import compress
 from lowtide.format.reader import open_artifact
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TEXT = "the tide goes out and the tide comes in again " * 30
-MODULES = ("common", "rounding", "peers", "quality", "static", "codec", "codec_peers", "pruning")
+MODULES = ("common", "rounding", "peers", "quality", "static", "codec", "codec_peers", "pruning", "opening")
 
 
 @pytest.fixture
@@ -95,6 +96,18 @@ def test_static_refuses_what_makes_no_sense(load, arguments, capsys):
     with pytest.raises(SystemExit):
         load("static").arguments(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_opening_measures_what_is_coded_and_refuses_the_rest(load, model, tmp_path, capsys):
+    for coding in ("entropy", "packed"):
+        compress(model, tmp_path / coding, coding=coding)
+    module = load("opening")
+    assert module.main([str(tmp_path / "entropy"), "--quick", "--label", "tiny", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["weights"] > 1000 and row["file_bytes"] == open_artifact(tmp_path / "entropy").stored_bytes()
+    assert 0 < row["open_s"] < 60 and row["weights_per_s"] == row["weights"] / row["unpack_s"]
+    assert module.main([str(tmp_path / "packed")]) == 2
+    assert "is not entropy-coded" in capsys.readouterr().err
 
 
 def test_codec_rows_without_peers(load, model, tmp_path, capsys):
