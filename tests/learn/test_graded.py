@@ -18,6 +18,7 @@ from lowtide.format.reader import open_artifact
 from lowtide.learn import graded
 from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables, head_kl
 from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.ipn_export import write_weights
 from lowtide.rules import get_rule
 from lowtide.runtime.budget import policy_params
 
@@ -63,6 +64,29 @@ def test_an_untrained_network_reads_what_channel_norm_reads(made, small, exact):
     loss = head_kl(model, hidden, theirs, dense.head_weight)
     logp, logq = F.linear(theirs, dense.head_weight).log_softmax(-1), logits.log_softmax(-1)
     assert float(loss) == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_jointly_trained_artifact_is_what_training_goes_on_from(made, small, exact, tmp_path):
+    artifact, dense = made
+    trained = GradedModel(artifact, dense, train_weights=True)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in trained.parameters().items():
+            p += (0.1 if "log_" in name else 0.3) * p.std() * torch.randn(p.shape, generator=generator)
+    trained.refresh()
+    write_weights(artifact, trained, tmp_path / "joint", {"learned": {"joint": True}})
+    again, ipn = open_artifact(tmp_path / "joint"), untrained(artifact)
+    bits = ipn.grid[-1]
+    with torch.no_grad():
+        expected = trained.hidden(small.ids[:2], At(ipn, bits))[0]
+        plain = GradedModel(again, dense)
+        assert torch.allclose(plain.hidden(small.ids[:2], At(ipn, bits))[0], expected, atol=0.02)
+        assert not torch.allclose(plain.hidden(small.ids[:2], At(ipn, bits))[0], dense.hidden(small.ids[:2]), atol=0.5)
+        more = GradedModel(again, dense, train_weights=True)
+        more.refresh()
+    for name, code in more.codes.items():
+        assert torch.equal(code.digits(more.groups[name].weight), code.stored)
+    assert all(torch.equal(t, more.norm_tensors()[n]) for n, t in trained.norm_tensors().items())
 
 
 def test_bfloat16_changes_little(made, small, monkeypatch):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowtide.arch import LAYER_NORMS
+from lowtide.arch import LAYER_NORMS, norm_specs
 from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
 from lowtide.errors import LowtideError
 from lowtide.format import codec
@@ -112,6 +112,10 @@ class Code:
         q = q.clamp_(0, 4 * steps - 1).to(torch.uint8)
         return torch.where(self.fixed, self.stored, q)
 
+    def units(self) -> torch.Tensor:
+        """What the stored digits say, in units of scales f32 [out, in]; `digits` gives them back."""
+        return self.stored.float().mul_(4.0 ** (1 - self.slices)).sub_(self.offsets[-1])
+
     def rescale(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
         """New scales f32 [out, 1] and [in], rounded to float16, which is what is stored."""
         self.rows, self.cols = rows.half().float(), cols.half().float()
@@ -197,8 +201,9 @@ class GradedModel:
 
     Args:
         artifact: its scales, outliers and digits.
-        dense: the model it was made from: embedding, norms, and the weights that training begins with.
-        train_weights: hold the decoder's weights as parameters; `refresh` codes them anew.
+        dense: the model it was made from: what is distilled, and the weights that training begins with.
+        train_weights: hold the decoder's weights as parameters; `refresh` codes them anew. Weights that were trained
+            jointly before go on from their digits.
 
     Raises:
         LowtideError: the artifact is of another model.
@@ -221,26 +226,30 @@ class GradedModel:
             self.row_scales[name] = code.rows[:, 0]
             if train_weights and name != "head":
                 self.codes[name] = code
-        self.final_norm = dense.final_norm
+        # The artifact's norms, not the dense model's: joint training moves them.
+        stored = {name: torch.from_numpy(np.array(artifact.tensor(name))) for name, _ in norm_specs(self.config)}
+        self.final_norm = stored["model.norm.weight"]
         for index in range(self.config.num_layers):
-            block = dense.block(index)
-            self.norms.append((block.input_norm, block.post_norm))
+            before, after = (stored[f"model.layers.{index}.{name}"] for name in LAYER_NORMS)
+            self.norms.append((before, after))
         if train_weights:
-            self._train_weights()
+            learned = artifact.manifest.stats.get("learned")
+            self._train_weights(from_digits=isinstance(learned, dict) and bool(learned.get("joint")))
         self.head, self.head_bias = self._full_head()
         table = "head" if self.config.tied else "embed"
         self.embedding = _embedding(artifact.groups[table])
         body = [g for name, g in self.groups.items() if name != "head"]
         self.weights = sum(g.out * g.inputs for g in body)
 
-    def _train_weights(self) -> None:
+    def _train_weights(self, from_digits: bool) -> None:
         """Make parameters of the decoder's weights, of the biases beside its digits, and of the norms."""
         for index, pair in enumerate(self.norms):
             self.norms[index] = (nn.Parameter(pair[0].clone()), nn.Parameter(pair[1].clone()))
             for kind, weight in self.dense.block(index).weights.items():
                 group, code = self.groups[f"layers.{index}.{kind}"], self.codes[f"layers.{index}.{kind}"]
                 self._base[group.name] = (code.rows, code.cols)
-                group.weight, group.bias = nn.Parameter(weight / code.cols / code.rows), nn.Parameter(group.bias)
+                units = code.units() if from_digits else weight / code.cols / code.rows
+                group.weight, group.bias = nn.Parameter(units), nn.Parameter(group.bias)
                 group.log_rows, group.log_cols = (nn.Parameter(torch.zeros(n)) for n in weight.shape)
         self.final_norm = nn.Parameter(self.final_norm.clone())
 
@@ -279,17 +288,10 @@ class GradedModel:
             found |= {f"model.layers.{index}.{name}": p for name, p in zip(LAYER_NORMS, pair, strict=True)}
         return found
 
-    def hidden(
-        self, ids: torch.Tensor, masks: Masks, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids i64 [B, N] -> (what the head reads f32 [B, N, D], bits read in the body f32 [B, N], per weight).
-
-        noise: f32 [B, N, D] added to the embeddings.
-        """
+    def hidden(self, ids: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids i64 [B, N] -> (what the head reads f32 [B, N, D], bits read in the body f32 [B, N], per weight)."""
         rope = rope_tables(self.config, 0, ids.shape[1])
         x = F.embedding(ids, self.embedding)
-        if noise is not None:
-            x = x + noise
         bits: list[torch.Tensor] = []
         for index in range(self.config.num_layers):
 
@@ -319,7 +321,7 @@ class GradedModel:
 def _embedding(group: GroupTensors) -> torch.Tensor:
     """The embedding as engines look it up: every slice, no shrink; f32 [V, D]."""
     code = Code(group)
-    whole = code.stored.float().mul_(4.0 ** (1 - code.slices)).sub_(code.offsets[-1]).mul_(code.cols).mul_(code.rows)
+    whole = code.units().mul_(code.cols).mul_(code.rows)
     exact = torch.from_numpy(group.exact_part(0))
     return torch.where(code.fixed, exact, whole)
 
