@@ -10,7 +10,7 @@ import torch
 from lowtide.errors import LowtideError
 from lowtide.learn.graded import GradedGroup
 from lowtide.learn.ipn import LIMIT, At, Ipn
-from lowtide.learn.ipn_export import as_stored
+from lowtide.learn.ipn_export import SAMPLE, _stride, as_stored
 from lowtide.learn.ipn_loss import Prices, loss_of, mean_open, unrest
 from lowtide.learn.sensitivity import Sensitivities, cost, fit_probes
 
@@ -127,9 +127,10 @@ def test_the_hinge_prices_only_what_is_over():
     assert float(loss_of(Prices(), model, kl, bits, 2.8, at)) == pytest.approx(base, rel=1e-5)
     l1 = loss_of(Prices("l1", l1=2.0), model, kl, bits, 2.8, at)
     assert float(l1) == pytest.approx(base + 2 * float(mean_open(model, at)), rel=1e-5)
-    for bad in ({"kind": "l2"}, {"pressure": 1.0}):
-        with pytest.raises(LowtideError, match="--sparsity-loss|--pressure"):
-            Prices(**bad)
+    bad = ({"kind": "l2"}, {"pressure": 1.0}, {"l1": -1.0}, {"consistency": math.nan})
+    for given, option in zip(bad, ("--sparsity-loss", "--pressure", "--l1", "--consistency"), strict=True):
+        with pytest.raises(LowtideError, match=option):
+            Prices(**given)
 
 
 def test_the_l1_term_is_the_mean_of_soft_masks():
@@ -151,6 +152,28 @@ def test_equal_tokens_are_at_rest():
     at.margins = {n: m[:, :1].expand_as(m) for n, m in at.margins.items()}
     still = float(unrest(model, at, 4))
     assert still < moving and still < 0.1
+
+
+def test_perturbed_copies_are_drawn_from_the_steps_generator():
+    ipn = make()
+    at, model = passes(ipn), Model(ipn)
+
+    def drawn(seed: int) -> float:
+        return float(unrest(model, at, 4, torch.Generator().manual_seed(seed)))
+
+    torch.manual_seed(0)
+    first = drawn(7)
+    torch.manual_seed(1)
+    assert drawn(7) == first != drawn(8)
+
+
+@pytest.mark.parametrize("inputs", [576, 1536, 288, 41])
+def test_thinned_margins_come_from_every_channel(inputs):
+    count = 3 * 4096 * inputs
+    stride = _stride(count, inputs)
+    assert len({i % inputs for i in range(0, min(count, stride * inputs), stride)}) == inputs
+    assert SAMPLE / 2 < count / stride < 2 * SAMPLE
+    assert _stride(30, 5) == 1
 
 
 def test_probes_find_what_makes_tokens_sensitive():

@@ -7,6 +7,7 @@ solved for, so that the bits read on calibration text, side data counted, are th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from lowtide.learn.ipn import At, Ipn
 
 WINDOWS = 8
 """Windows that thresholds are set on."""
+SAMPLE = 1 << 18
+"""Margins of a group that are sorted."""
 ROUNDS = 2
 """Passes over them for each budget: a shift changes the inputs of the layers behind a little."""
 
@@ -86,16 +89,14 @@ def thresholds(
 
 
 def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shift: float) -> tuple[float, float]:
-    """(shift, bits then read): solved on the margins of one pass, in turn with passes."""
+    """(shift, bits that it reads): solved on the margins of one pass, in turn with passes; then measured."""
     side = sum(g.side_bits for n, g in model.groups.items() if n != "head") / model.weights
-    read = 0.0
     for _ in range(ROUNDS):
         at = At(ipn, bits, shift, keep_margins=True)
         model.hidden(ids, at)
         curves = []
         for name, margins in at.margins.items():
-            flat = margins.reshape(-1)
-            flat = flat[:: max(1, len(flat) >> 18) | 1]
+            flat = margins.reshape(-1)[:: _stride(margins.numel(), margins.shape[2])]
             curves.append((flat.sort().values, 2.0 * model.groups[name].out * margins.shape[0] * margins.shape[2]))
         low, high = -8.0, 8.0
         for _ in range(30):
@@ -106,7 +107,16 @@ def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shi
                 read += most * above / len(ordered) / model.weights
             low, high = (middle, high) if read > bits else (low, middle)
         shift += (low + high) / 2
-    return shift, read
+    return shift, float(model.hidden(ids, At(ipn, bits, shift))[1].mean())
+
+
+def _stride(count: int, inputs: int) -> int:
+    """Step through `count` margins [S, T, in] that leaves some SAMPLE of them, and without a factor in common with
+    `inputs`, so that it meets every channel."""
+    stride = max(1, count // SAMPLE)
+    while math.gcd(stride, inputs) > 1:
+        stride += 1
+    return stride
 
 
 def gains(ipn: Ipn, name: str) -> np.ndarray:  # type: ignore[type-arg]

@@ -13,6 +13,7 @@ controller holding their sum (stories15M, 40 joint steps: 1.2 times the hinge's 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,9 @@ class Prices:
             raise LowtideError(f"--sparsity-loss {self.kind}: known are {', '.join(SPARSITY_LOSSES)}")
         if self.kind == "hinge" and self.pressure <= ELASTICITY:
             raise LowtideError(f"--pressure {self.pressure:g}: must be above {ELASTICITY:g}, or bits are not kept")
+        for option, value in (("--l1", self.l1), ("--consistency", self.consistency)):
+            if not 0 <= value < math.inf:
+                raise LowtideError(f"{option} {value:g}: must be 0 or more")
 
     @property
     def needs_margins(self) -> bool:
@@ -50,16 +54,23 @@ class Prices:
 
 
 def loss_of(
-    prices: Prices, model: GradedModel, kl: torch.Tensor, bits: torch.Tensor, target: float, at: At
+    prices: Prices,
+    model: GradedModel,
+    kl: torch.Tensor,
+    bits: torch.Tensor,
+    target: float,
+    at: At,
+    draw: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """kl: scalar, nats; bits: f32 [B, N] read per weight; target: the budget of this step; at: the masks' margins."""
+    """kl: scalar, nats; bits: f32 [B, N] read per weight; target: the budget of this step; at: the masks' margins;
+    draw: the step's generator, for the perturbed copies."""
     loss = torch.log(kl.clamp_min(1e-8))
     if prices.kind == "hinge":
         loss = loss + prices.pressure * torch.relu(bits.mean() - target)
     else:
         loss = loss + prices.l1 * mean_open(model, at)
     if prices.consistency > 0:
-        loss = loss + prices.consistency * unrest(model, at, bits.shape[1])
+        loss = loss + prices.consistency * unrest(model, at, bits.shape[1], draw)
     return loss
 
 
@@ -73,7 +84,7 @@ def mean_open(model: GradedModel, at: At) -> torch.Tensor:
     return total / weights
 
 
-def unrest(model: GradedModel, at: At, window: int) -> torch.Tensor:
+def unrest(model: GradedModel, at: At, window: int, draw: torch.Generator | None = None) -> torch.Tensor:
     """How much soft masks differ between consecutive tokens and from those of a perturbed copy, weighted by outputs.
 
     The copy's input is x (1 + noise), whose log2 score moves by log2(1 + noise): scores are products.
@@ -83,7 +94,7 @@ def unrest(model: GradedModel, at: At, window: int) -> torch.Tensor:
         out = model.groups[name].out
         slices, tokens, inputs = margins.shape
         soft = torch.sigmoid(margins / at.tau).view(slices, tokens // window, window, inputs)
-        moved = margins + torch.log2((1 + NOISE * torch.randn(tokens, inputs)).clamp_min(0.1))
+        moved = margins + torch.log2((1 + NOISE * torch.randn(tokens, inputs, generator=draw)).clamp_min(0.1))
         jumps = (soft[:, :, 1:] - soft[:, :, :-1]).abs().mean()
         shaken = (soft.view_as(margins) - torch.sigmoid(moved / at.tau)).abs().mean()
         total = total + out * inputs * (jumps + shaken)

@@ -133,7 +133,7 @@ class Learner:
         hidden, read = self.model.hidden(ids, at)
         kl = head_kl(self.model, hidden, theirs, self.dense_head)
         ramp = max(0.0, 1.0 - number / max(o.ramp * o.steps, 1.0))
-        loss = loss_of(o.prices, self.model, kl, read, bits + ramp, at)
+        loss = loss_of(o.prices, self.model, kl, read, bits + ramp, at, draw)
         figures = {"bits": bits, "read": float(read.detach().mean()), "kl": float(kl.detach()), "tokens": ids.numel()}
         optimiser.zero_grad()
         if not math.isfinite(float(loss.detach())):

@@ -6,7 +6,7 @@ b bits costs `s_t 2^-2b`, so the best offset of the waterline is `o_t = log2(s_t
 remains is `E[s 2^-2o] 2^(2 E[o])`. That is what the probes are fitted to: one noisy draw of s is enough, since the
 minimum is at the conditional mean.
 
-The quadratic picture fails where nothing is read at all, so sensitivities get a floor and the offsets start at half of
+The quadratic picture fails where nothing is read at all, so sensitivities get a floor and the offsets start at START of
 what it asks for; training end to end decides from there.
 """
 
