@@ -112,7 +112,7 @@ class Bench:
 
     @torch.no_grad()
     def measure(self, ipn: Ipn, bits: float, make: Callable[..., At] = At) -> tuple[float, float, list[At]]:
-        """(bits read, KL, the masks' last objects) at the shift that reads `bits`."""
+        """(bits read, KL, the masks' objects, window by window) at the shift that reads `bits`."""
         low, high, shift = -4.0, 4.0, 0.0
         probe = self.subject.ids[:: max(1, len(self.subject.ids) // 4)]
         for _ in range(8):
@@ -129,9 +129,9 @@ class Bench:
         return float(np.mean(read)), float(np.mean(kl)), seen
 
     @torch.no_grad()
-    def overlap(self, ipn: Ipn, bits: float) -> float:
-        """Mean share of open slices that were open for the token before."""
-        at = At(ipn, bits, keep_margins=True)
+    def overlap(self, ipn: Ipn, bits: float, shift: float) -> float:
+        """Mean share of open slices that were open for the token before; thresholds moved by `shift`."""
+        at = At(ipn, bits, shift, keep_margins=True)
         self.model.hidden(self.subject.ids[:1], at)
         both = total = 0.0
         for margins in at.margins.values():
@@ -155,7 +155,6 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
     bench = Bench(subject, GradedModel(artifact, subject.dense))
     side = {n: g.side_bits for n, g in bench.model.groups.items()}
     seen = None
-    trained: dict[str, Ipn] = {"untrained (channel-norm)": network(IpnOptions(parts=("theta",)))}
     wanted = variants(options.ablation_steps, options.ablation_windows, options.seed)
     for name, o in [("untrained (channel-norm)", IpnOptions(steps=0, parts=("theta",))), *wanted.items()]:
 
@@ -171,7 +170,6 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
                 fit_probes(ipn, seen, seed=o.seed)
             optimiser = learner.optimiser()
             tokens = sum(int(learner.step(n, optimiser)["tokens"]) for n in range(o.steps))
-            trained[name] = ipn
             out = [_row(bench, ipn, name, bits, tokens, o.seed) for bits in budgets(options.bits)]
             return out + (list(_reuse(bench, ipn, budgets(options.bits), tokens, o)) if name == "all (ipn)" else [])
 
@@ -179,9 +177,9 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
 
 
 def _row(bench: Bench, ipn: Ipn, name: str, bits: float, tokens: int, seed: int) -> Row:
-    read, kl, _ = bench.measure(ipn, bits)
+    read, kl, seen = bench.measure(ipn, bits)
     found = _base(bench, name, bits, read, kl, tokens, seed)
-    return found | {"overlap": bench.overlap(ipn, bits)}
+    return found | {"overlap": bench.overlap(ipn, bits, seen[0].shift)}
 
 
 def _reuse(bench: Bench, ipn: Ipn, wanted: list[float], tokens: int, o: IpnOptions) -> Iterator[Row]:
