@@ -60,7 +60,8 @@ def variants(steps: int, windows: int, seed: int) -> dict[str, IpnOptions]:
 
 
 class Shared(At):
-    """One mask for `chunk` consecutive tokens: levels of the root mean square of their scores."""
+    """One mask for `chunk` consecutive tokens: levels of the root mean square of their scores. It looks ahead, as prefill
+    may; decoding one token after another could do no better."""
 
     def __init__(self, ipn: Ipn, bits: float, shift: float = 0.0, chunk: int = 4) -> None:
         super().__init__(ipn, bits, shift)
@@ -115,7 +116,7 @@ class Bench:
         """(bits read, KL, the masks' objects, window by window) at the shift that reads `bits`."""
         low, high, shift = -4.0, 4.0, 0.0
         probe = self.subject.ids[:: max(1, len(self.subject.ids) // 4)]
-        for _ in range(8):
+        for _ in range(11):
             shift = (low + high) / 2
             reads = [float(self.model.hidden(row[None], make(ipn, bits, shift))[1].mean()) for row in probe]
             low, high = (shift, high) if np.mean(reads) > bits else (low, shift)

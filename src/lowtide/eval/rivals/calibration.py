@@ -32,9 +32,10 @@ class Calibration:
     Attributes:
         artifact, model: the compressed model, as stored and in torch.
         dense: the model it was made from.
-        ids: i64 [B, N], the calibration windows.
+        ids: i64 [B, N], the calibration windows that rules are fitted on.
         seed: of whatever is trained.
-        choice: i64 [b, N], the windows on which settings are compared: the last ones of `ids`.
+        choice: i64 [b, N], the windows on which settings are compared: the last ones given, which `ids` then loses; of
+            fewer than are wanted all serve both.
     """
 
     artifact: Artifact
@@ -50,7 +51,10 @@ class Calibration:
                 f"{self.artifact.path}: stores no thresholds of the policy {WATERLINE}, which the comparison needs; "
                 "compress the model again with it"
             )
-        self.choice = self.ids[-max(1, CHOICE_TOKENS // self.ids.shape[1]) :]
+        kept = max(1, CHOICE_TOKENS // self.ids.shape[1])
+        self.choice = self.ids[-kept:]
+        if len(self.ids) > kept:
+            self.ids = self.ids[:-kept]
         self._params: dict[float, dict[str, F32]] = {}
 
     def params(self, bits: float) -> dict[str, F32]:
