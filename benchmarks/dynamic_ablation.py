@@ -60,8 +60,8 @@ def variants(steps: int, windows: int, seed: int) -> dict[str, IpnOptions]:
 
 
 class Shared(At):
-    """One mask for `chunk` consecutive tokens: levels of the root mean square of their scores. It looks ahead, as prefill
-    may; decoding one token after another could do no better."""
+    """One mask for `chunk` consecutive tokens: levels of the root mean square of their scores. It looks ahead, as
+    prefill may; decoding one token after another could do no better."""
 
     def __init__(self, ipn: Ipn, bits: float, shift: float = 0.0, chunk: int = 4) -> None:
         super().__init__(ipn, bits, shift)

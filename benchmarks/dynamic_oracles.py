@@ -29,7 +29,7 @@ from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
 NAME = "oracles"
 COLUMNS = ("group", "token", "channel", "columns", "rows", "matrices", "before", "now")
 LABELS = 24
-"""Labels sampled for each token. Their noise lowers `token`, by 4 % at most with 24 (chi-squared of as many degrees)."""
+"""Labels sampled for each token. Their noise lowers `token`, by 4 % at most (chi-squared of 24 degrees)."""
 FLOOR = 1e-3
 
 
