@@ -174,12 +174,15 @@ def test_attach_adds_a_policy_and_nothing_else(tmp_path: Path, coding: str, opti
     path = make_artifact(tmp_path / "a", coding=coding, **options)
     before = open_artifact(path)
     ipn, thresholds = parts(before)
-    attach(path, tmp_path / "b", ipn, thresholds, INFO)
+    attach(path, tmp_path / "b", ipn, thresholds, INFO, stats={"learned": {"steps": 7}})
     after = open_artifact(tmp_path / "b", verify="full")
     others = [p for p in before.manifest.policies if p != "ipn"]
     assert after.manifest.policies == ["ipn", *others]
     assert after.manifest.ipn == INFO
-    assert (after.manifest.coding, after.manifest.stats) == (coding, before.manifest.stats)
+    assert (after.manifest.coding, after.manifest.stats) == (
+        coding,
+        before.manifest.stats | {"learned": {"steps": 7}},
+    )
     for name, group in after.groups.items():
         old = before.groups[name]
         if name != "embed":

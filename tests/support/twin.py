@@ -112,6 +112,7 @@ def make_twins(path: Path, base: Tiny = DEFAULT, folder: Path | None = None, **o
             policies=list(tiny.policies),
             model_id=source.fingerprint(),
             stats={"source": "twin"},
+            ipn=tiny.ipn,
         )
     return path, source
 

@@ -160,6 +160,7 @@ def joint(
     Examples:
       lowtide learn joint ./SmolLM2-135M smol.lowtide --bits 2.5 --text wiki.txt
       lowtide learn joint ./stories15M stories.lowtide --bits 2 --steps 400
+      accelerate launch --multi_gpu --num_processes 4 -m lowtide.cli learn joint ./stories15M stories.lowtide --bits 2
     """
     from lowtide.cli.progress import progress_bar
     from lowtide.learn.ipn_loss import Prices
@@ -183,6 +184,8 @@ def joint(
 def _tell(figures: dict[str, Any], json: bool) -> None:
     from lowtide.cli.output import print_json
 
+    if not figures:  # one of several processes, and not the first
+        return
     if json:
         print_json(figures)
         return

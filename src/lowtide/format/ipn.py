@@ -29,6 +29,7 @@ def attach(
     thresholds: Mapping[str, F32],
     info: IpnInfo,
     force: bool = False,
+    stats: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write an artifact again with the policy `ipn` as its first, and so its default.
 
@@ -42,6 +43,7 @@ def attach(
         thresholds: the rule's f32 [B, S] for the same groups, B budgets of the artifact's grid.
         info: features of a probe, and the trained range of bits_read_body.
         force: replace `out_folder` if it is there.
+        stats: entries that the manifest's `stats` get, or that replace theirs.
 
     Returns:
         The new manifest.
@@ -75,7 +77,7 @@ def attach(
             budgets=manifest.budgets,
             policies=["ipn", *(manifest.policies[i] for i in kept)],
             model_id=manifest.model_id,
-            stats=manifest.stats,
+            stats={**manifest.stats, **(stats or {})},
             zero=manifest.zero,
             coding=manifest.coding,
             ipn={"features": int(info["features"]), "low": float(info["low"]), "high": float(info["high"])},

@@ -4,7 +4,8 @@ Every step draws a budget, so one network serves all of them; joint training dra
 the rest. The target of the hinge is ramped down from one bit above. Held-out windows decide which step is kept: the
 mean over budgets of log KL, corrected for bits that differ from the budget (`ipn_loss.ELASTICITY`).
 
-Step n draws from a generator seeded by (seed, n), so a resumed run goes on as if it had never stopped.
+Step n draws from a generator seeded by (seed, n), so a resumed run goes on as if it had never stopped. With several
+processes (`lowtide.learn.parallel`) all draw the same windows and each takes its share of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lowtide.errors import LowtideError
 from lowtide.learn.graded import HALF, GradedModel, head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import ELASTICITY, Prices, loss_of
+from lowtide.learn.parallel import Parallel
 
 Report = Callable[[str, int, int], None]
 """`report(stage, done, total)`; stages: sample, probe, train, thresholds."""
@@ -83,6 +85,7 @@ class Learner:
     ipn: Ipn
     ids: torch.Tensor
     options: IpnOptions
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         if len(self.ids) < 3:
@@ -119,26 +122,30 @@ class Learner:
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
     def step(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
-        """One step; returns its budget, bits and KL. Not finite: nothing is changed."""
-        o = self.options
+        """One step; returns its budget, bits and KL, over all processes. Not finite: nothing is changed."""
+        o, team = self.options, self.parallel
         draw = torch.Generator().manual_seed(o.seed * 1_000_003 + number)
         rows = torch.randint(0, len(self.ids) - self.held, (o.windows,), generator=draw)
         low, high = o.bits
         at_low, spread = torch.rand(2, generator=draw).tolist()
         bits = low if at_low < o.focus else low + (high - low) * spread
-        ids = self.ids[rows]
+        ids = self.ids[rows[team.share(o.windows)]]
         theirs = self.model.dense.hidden(ids)
         at = At(self.ipn, bits, tau=o.tau, keep_margins=o.prices.needs_margins)
+        if team.rank:  # perturbed copies are each process's own
+            draw.manual_seed((team.rank << 40) + o.seed * 1_000_003 + number)
         self.model.refresh()
         hidden, read = self.model.hidden(ids, at)
-        kl = head_kl(self.model, hidden, theirs, self.dense_head)
+        kl, read = team.level(head_kl(self.model, hidden, theirs, self.dense_head)), team.level(read)
         ramp = max(0.0, 1.0 - number / max(o.ramp * o.steps, 1.0))
         loss = loss_of(o.prices, self.model, kl, read, bits + ramp, at, draw)
-        figures = {"bits": bits, "read": float(read.detach().mean()), "kl": float(kl.detach()), "tokens": ids.numel()}
+        figures = {"bits": bits, "read": float(read.detach().mean()), "kl": float(kl.detach())}
+        figures["tokens"] = o.windows * ids.shape[1]
         optimiser.zero_grad()
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(float(team.reduce_mean(loss.detach()))):  # all go on, or none
             return figures | {"kl": math.nan}
         torch.autograd.backward(loss)
+        team.average_gradients(self.parameters().values())
         rate = min(1.0, (number + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * number / o.steps))
         for group in optimiser.param_groups:
             group["lr"] = group["rate0"] * rate
@@ -148,8 +155,10 @@ class Learner:
     @torch.no_grad()
     def check(self) -> dict[str, Any]:
         """Held-out figures: {"value": what decides, "points": [{"bits", "read", "kl"}]}."""
-        held = self.ids[-self.held :]
-        if self._held_hidden is None:
+        team = self.parallel
+        held = self.ids[-self.held :][team.rank :: team.world]
+        part = len(held) * team.world / self.held  # a process may have one more than others, or none
+        if self._held_hidden is None and len(held):
             self._held_hidden = self.model.dense.hidden(held)
         self.model.refresh()
         low, high = self.options.bits
@@ -158,8 +167,11 @@ class Learner:
             budgets = budgets[:2]
         points = []
         for bits in budgets:
-            hidden, read = self.model.hidden(held, At(self.ipn, bits))
-            kl = float(head_kl(self.model, hidden, self._held_hidden, self.dense_head))
-            points.append({"bits": bits, "read": float(read.mean()), "kl": kl})
+            found = torch.zeros(2)
+            if self._held_hidden is not None:
+                hidden, used = self.model.hidden(held, At(self.ipn, bits))
+                found = torch.stack([used.mean(), head_kl(self.model, hidden, self._held_hidden, self.dense_head)])
+            read, kl = team.reduce_mean(found * part).tolist()
+            points.append({"bits": bits, "read": read, "kl": kl})
         values = [math.log(max(p["kl"], 1e-8)) + ELASTICITY * (p["read"] - p["bits"]) for p in points]
         return {"value": sum(values) / len(values), "points": points}

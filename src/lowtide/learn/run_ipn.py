@@ -21,12 +21,14 @@ from lowtide.compress.sources import open_source
 from lowtide.compress.text import windows_of_file
 from lowtide.errors import LowtideError
 from lowtide.format.ipn import attach
+from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import WINDOWS, as_stored, gains, thresholds, write_weights
 from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
+from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, sensitivities
 
 SAMPLED_WINDOWS, SAMPLED_WINDOW = 128, 256
@@ -58,13 +60,14 @@ def learn_ipn(
 
     Returns:
         Figures: held-out `before` and `after` at a few budgets, steps, best_step, trained_tokens, probe_ratio, ...
+        With several processes ({} but in the first, which alone writes and reports) see `lowtide.learn.parallel`.
 
     Raises:
-        LowtideError: bad input, a text too short, out of memory, `out` exists.
+        LowtideError: bad input, a text too short, out of memory, `out` exists, windows that processes cannot share.
     """
-    return _learn(
-        open_artifact(artifact), Path(artifact), model, Path(out), options, text, tokens, resume, force, report
-    )
+    team = join(options.windows)
+    target, opened = Path(out), open_artifact(artifact)
+    return _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
 
 
 def learn_joint(
@@ -88,19 +91,24 @@ def learn_joint(
         artifact: an artifact of the model to begin with; by default it is compressed first, on `calibration`.
         text, tokens, resume, force, report: see `learn_ipn`.
     """
+    team = join(options.windows)
     target = Path(out)
     _check_out(target, force)
+    start = target.with_name(target.name + ".start")
     if artifact is None:
-        start = target.with_name(target.name + ".start")
-        if not (start / "lowtide.json").exists():
+        if team.main and not (start / "lowtide.json").exists():
             compress(model, start, calibration=calibration, seed=options.seed, progress=report)
+        team.wait()
         artifact = start
-    done = _learn(open_artifact(artifact), Path(artifact), model, target, options, text, tokens, resume, force, report)
-    shutil.rmtree(target.with_name(target.name + ".start"), ignore_errors=True)
+    opened = open_artifact(artifact)
+    done = _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
+    if team.main:
+        shutil.rmtree(start, ignore_errors=True)
     return done
 
 
 def _learn(
+    team: Parallel,
     artifact: Artifact,
     folder: Path,
     model: str | Path,
@@ -113,6 +121,7 @@ def _learn(
     report: Report,
 ) -> dict[str, Any]:
     began = time.monotonic()
+    report = report if team.main else lambda *_: None
     _check_out(out, force)
     dense = DenseModel(open_source(model))
     joint = options.weight_rate > 0
@@ -122,25 +131,31 @@ def _learn(
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
     try:
         graded = GradedModel(artifact, dense, train_weights=joint)
-        ids = _windows(dense, text, tokens, options.seed, report)
+        ids = _windows(team, dense, text, tokens, options.seed, report)
         ipn = _network(artifact, grid, tables, options)
         for name, group in graded.groups.items():
             group.side_bits += ipn.side_bits(name)
-        learner = Learner(graded, ipn, ids, options)
+        learner = Learner(graded, ipn, ids, options, team)
         key = json.dumps(
             [artifact.manifest.model_id, asdict(options), hashlib.sha256(ids.numpy().tobytes()).hexdigest()]
         )
-        work = WorkFolder(out.with_name(out.name + ".partial"), {"run": key if resume else time.time()})
-        ratio = _start(learner, work.path, report) if ipn.features else math.nan
-        run = _train(learner, work.path, key, report)
-        figures = _finish(learner, run, artifact, folder, out, work, force, report)
+        work = out.with_name(out.name + ".partial")
+        if team.main:
+            WorkFolder(work, {"run": key if resume else time.time()})
+        team.wait()
+        ratio = _start(learner, work, report) if ipn.features else math.nan
+        run = _train(learner, work, key, report)
+        figures = _finish(learner, run, artifact, folder, out, work, force, report) if team.main else {}
+        team.wait()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         raise LowtideError(
             f"out of memory ({str(error).splitlines()[0]}): fewer --windows help most, then a shorter --text"
         ) from None
-    work.remove()
+    if not team.main:
+        return {}
+    shutil.rmtree(work, ignore_errors=True)
     return figures | {"probe_ratio": ratio, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -149,12 +164,16 @@ def _check_out(out: Path, force: bool) -> None:
         raise LowtideError(f"{out}: exists already; choose another folder or give --force")
 
 
-def _windows(dense: DenseModel, text: str | Path | None, tokens: int, seed: int, report: Report) -> torch.Tensor:
+def _windows(
+    team: Parallel, dense: DenseModel, text: str | Path | None, tokens: int, seed: int, report: Report
+) -> torch.Tensor:
     """The training text, i64 [B, N]: windows spread evenly over a file, in an order that is drawn, or sampled."""
     if text is None:
         window = min(SAMPLED_WINDOW, dense.config.max_position)
         count = max(3, min(SAMPLED_WINDOWS, tokens // window))
-        return dense.sample(count, window, seed, lambda n: report("sample", n + 1, window))
+        if not team.main:
+            return team.first(torch.zeros(count, window, dtype=torch.int64))
+        return team.first(dense.sample(count, window, seed, lambda n: report("sample", n + 1, window)))
     window = min(512, dense.config.max_position)
     found = windows_of_file(dense.source, Path(text), windows=max(3, tokens // window))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
@@ -174,6 +193,14 @@ def _start(learner: Learner, work: Path, report: Report) -> float:
     """Fit the probes to sensitivities, unless a checkpoint is going to replace them; mean ratio of held-out cost."""
     if (work / progress.NAME).exists():
         return math.nan
+    ratio = _fit(learner, report) if learner.parallel.main else math.nan
+    with torch.no_grad():
+        for p in learner.parameters().values():
+            p.copy_(learner.parallel.first(p))
+    return ratio
+
+
+def _fit(learner: Learner, report: Report) -> float:
     train = learner.ids[: len(learner.ids) - learner.held]
     count = max(1, PROBE_TOKENS // train.shape[1])
     seen = sensitivities(
@@ -208,7 +235,8 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
             break
         if checked["value"] < run.best:
             run.keep(parameters, checked["value"])
-        progress.save(work, run, parameters, optimiser, key)
+        if learner.parallel.main:
+            progress.save(work, run, parameters, optimiser, key)
     run.restore(parameters)
     learner.model.refresh()
     return run
@@ -220,7 +248,7 @@ def _finish(
     artifact: Artifact,
     folder: Path,
     out: Path,
-    work: WorkFolder,
+    work: Path,
     force: bool,
     report: Report,
 ) -> dict[str, Any]:
@@ -234,9 +262,10 @@ def _finish(
     learned = {"trained_tokens": run.tokens, "steps": run.best_step, "joint": o.weight_rate > 0, "seed": o.seed}
     base = folder
     if o.weight_rate > 0:
-        base = work.path / "weights"
-        write_weights(artifact, graded, base, {"learned": learned})
-    attach(base, out, stored, tables, {"features": ipn.features, "low": o.bits[0], "high": o.bits[1]}, force)
+        base = work / "weights"
+        write_weights(artifact, graded, base, {})
+    info: IpnInfo = {"features": ipn.features, "low": o.bits[0], "high": o.bits[1]}
+    attach(base, out, stored, tables, info, force, {"learned": learned})
     return {
         "out": str(out),
         "before": run.history[0]["points"],

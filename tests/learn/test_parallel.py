@@ -1,0 +1,153 @@
+"""Training in several processes: the gradient is that of one process with all windows, and one artifact is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from support.twin import write_folder
+
+from lowtide.compress import compress
+from lowtide.compress.dense import DenseModel
+from lowtide.compress.sources import open_source
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.learn.graded import GradedModel, budget_tables
+from lowtide.learn.ipn import Ipn
+from lowtide.learn.ipn_train import IpnOptions, Learner
+from lowtide.learn.parallel import Parallel, join
+from lowtide.learn.run_ipn import learn_joint
+
+OPTIONS = ["--bits", "4", "--high", "5", "--steps", "4", "--windows", "4", "--weight-rate", "0.002", "--json"]
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install accelerate"
+)
+
+
+@pytest.fixture(scope="module")
+def source(small, tmp_path_factory):
+    """A folder with `model`, its `artifact` and a `text`."""
+    folder = tmp_path_factory.mktemp("source")
+    write_folder(small.source, folder / "model")
+    (folder / "text").write_text("the end of the tide is there and then another one in the hand. " * 40)
+    compress(folder / "model", folder / "artifact", calibration=folder / "text")
+    return folder
+
+
+class Threads(Parallel):
+    """Two processes, played by threads."""
+
+    world = 2
+
+    def __init__(self, rank, barrier, slots):
+        self.rank, self.barrier, self.slots = rank, barrier, slots
+
+    def reduce_mean(self, tensor):
+        self.slots[self.rank] = tensor
+        self.barrier.wait(60)
+        mean = (self.slots[0] + self.slots[1]) / 2
+        self.barrier.wait(60)
+        return mean
+
+
+def make_learner(source, parallel):
+    """A joint learner whose windows are of two kinds, so that the processes' own KLs and bits differ."""
+    artifact, dense = open_artifact(source / "artifact"), DenseModel(open_source(source / "model"))
+    grid, tables = budget_tables(artifact)
+    importance = {
+        n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in artifact.groups.items() if n != "embed"
+    }
+    ipn = Ipn(importance, grid, tables, 4, 0, Ipn.PARTS, 4.0, 5.0)
+    with torch.no_grad():
+        for name, p in ipn.table.items():
+            if name.endswith("/mix"):
+                p.copy_(torch.linspace(-1, 1, len(p)))
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.where(
+        torch.arange(12)[:, None] < 6, torch.full((12, 24), 7), torch.randint(0, 104, (12, 24), generator=draw)
+    )
+    options = IpnOptions(steps=40, bits=(4.0, 5.0), windows=4, features=4, weight_rate=0.01, ramp=1e-6)
+    return Learner(GradedModel(artifact, dense, train_weights=True), ipn, ids, options, parallel)
+
+
+def gradients(learner, number, out):
+    figures = learner.step(number, learner.optimiser())
+    out.append((figures, {n: p.grad for n, p in learner.parameters().items() if p.grad is not None}, learner.check()))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_two_shares_make_the_gradient_of_the_whole(source, number):
+    whole: list = []
+    gradients(make_learner(source, Parallel()), number, whole)
+    barrier, slots, found = threading.Barrier(2), [None, None], ([], [])
+    learners = [make_learner(source, Threads(rank, barrier, slots)) for rank in range(2)]
+    threads = [threading.Thread(target=gradients, args=(a, number, b)) for a, b in zip(learners, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    figures, expected, check = whole[0]
+    for shared, grads, checked in (found[0][0], found[1][0]):
+        assert shared == pytest.approx(figures, rel=1e-3)
+        assert grads.keys() == expected.keys() and len(grads) > 20
+        for name, g in expected.items():
+            assert torch.linalg.norm(grads[name] - g) <= 0.02 * torch.linalg.norm(g) + 1e-6, name
+        assert checked["value"] == pytest.approx(check["value"], abs=0.02)
+    first, second = (learner.parameters()["model/layers.0.qkv.weight"] for learner in learners)
+    assert torch.equal(first, second)
+
+
+@needs_accelerate
+def test_two_processes_train_the_network_of_one_and_write_it_once(source, tmp_path):
+    arguments = [str(source / "model"), str(tmp_path / "two"), "--artifact", str(source / "artifact")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "lowtide.cli", "learn", "joint", *arguments, "--text", str(source / "text"), *OPTIONS]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout)  # printed once
+    assert [p.name for p in tmp_path.iterdir()] == ["two"]
+    options = IpnOptions(steps=4, bits=(4.0, 5.0), focus=0.7, windows=4, weight_rate=0.002)
+    one = learn_joint(source / "model", tmp_path / "one", options, source / "artifact", source / "text")
+    assert figures["trained_tokens"] == one["trained_tokens"] == 4 * 4 * 32
+    assert figures["best_step"] == one["best_step"] == 4
+    for when, error in (("before", 1e-3), ("after", 0.02)):
+        for ours, theirs in zip(figures[when], one[when], strict=True):
+            assert ours == pytest.approx(theirs, rel=error), when
+    two, alone = open_artifact(tmp_path / "two"), open_artifact(tmp_path / "one")
+    start = open_artifact(source / "artifact")
+    assert two.manifest.stats["learned"] == alone.manifest.stats["learned"]
+    for name, group in alone.groups.items():
+        if group.ipn is not None and group.ipn.mix is not None:
+            a, b = group.ipn.importance.astype(float), two.groups[name].ipn.importance.astype(float)
+            moved = np.abs(a - start.groups[name].importance.astype(float)).mean()
+            assert 0 < moved and np.abs(a - b).mean() < 0.2 * moved, name
+
+
+def test_one_process_needs_no_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for count in (None, "", "1"):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if count is not None:
+            monkeypatch.setenv("WORLD_SIZE", count)
+        alone = join(3)
+        assert (alone.rank, alone.world, alone.main, alone.share(3)) == (0, 1, True, slice(0, 3))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LowtideError, match="WORLD_SIZE is 2: several processes need accelerate: pip install"):
+        join(2)
+
+
+def test_windows_that_cannot_be_shared_are_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LowtideError, match="--windows 8: must be a multiple of the 3 processes"):
+        learn_joint(source / "model", tmp_path / "out", IpnOptions(weight_rate=0.01), text=source / "text")
+    assert not list(tmp_path.iterdir())
