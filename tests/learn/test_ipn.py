@@ -64,7 +64,8 @@ def test_masks_count_thresholds_below_the_moved_score():
     offset = (torch.relu(stream @ probe.T + bias) @ mix[:-1] + mix[-1]).clamp(-LIMIT, LIMIT)
     gain = max(0.0, 1 + float(ipn.get("layers.0.o", "gain")) * (2.6 - 3))
     base = torch.lerp(ipn.tables["layers.0.o"][0], ipn.tables["layers.0.o"][1], 0.6)
-    theta = base + ipn.get("layers.0.o", "delta") + ipn.get("layers.0.o", "slope") * (2.6 - 3) + 0.1
+    theta = base + ipn.get("layers.0.o", "delta") + ipn.get("layers.0.o", "slope") * (2.6 - 3)
+    theta = torch.tensor([max(theta[: k + 1].tolist()) for k in range(3)]) + 0.1
     score = a.abs() * ipn.log_importance("layers.0.o").exp2()
     expected = torch.stack([score > (t - gain * offset).exp2()[:, None] for t in theta]).float()
     assert torch.equal(masks.detach(), expected)

@@ -120,7 +120,8 @@ class Ipn(nn.Module):
         delta, slope = self.get(name, "delta"), self.get(name, "slope")
         if delta is None or slope is None:
             return base
-        return base + delta + slope * self._tilt(bits)
+        # cummax: no level is easier to reach than the one below it
+        return torch.cummax(base + delta + slope * self._tilt(bits), 0).values
 
     def _tilt(self, bits: float) -> float:
         """What corrections are linear in."""

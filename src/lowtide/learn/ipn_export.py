@@ -25,6 +25,8 @@ from lowtide.format.writer import ArtifactWriter
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn import At, Ipn
 
+LOWEST = -60.0
+"""log2 of a threshold that every score passes which is not zero."""
 WINDOWS = 8
 """Windows that thresholds are set on."""
 SAMPLE = 1 << 18
@@ -77,8 +79,10 @@ def thresholds(
             reads.append(read)
         for name, rows in tables.items():
             base = ipn.tables[name][index]
-            moved = base if full or name == "head" else ipn.theta(name, bits) + shift
-            rows.append(torch.cummax(moved, 0).values)
+            if full:  # everything, whatever the learned importances and offsets are
+                rows.append(torch.full_like(base, LOWEST))
+            else:
+                rows.append(base if name == "head" else ipn.theta(name, bits) + shift)
         report(index + 1, len(ipn.grid))
     found = {}
     for name, rows in tables.items():
