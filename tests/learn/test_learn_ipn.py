@@ -166,6 +166,7 @@ def test_the_command_prints_figures_and_says_when_it_diverged(source, tmp_path, 
         ({"artifact": "model"}, "is no artifact|lowtide.json"),
         ({"model": "other"}, "is not the model that the artifact was made from"),
         ({"out": "artifact"}, "exists already"),
+        ({"options": IpnOptions(bits=(4.0, 6.0), parts=("theta",))}, "--parts theta: offset must be among them"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, small, change, message):
@@ -192,6 +193,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, small, chang
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_another_artifact_is_not_taken_up(source, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if (stage, done) == ("train", 5):
+            raise Stop
+
+    with pytest.raises(Stop):
+        learn_ipn(source / "artifact", source / "model", tmp_path / "out", FAST, source / "text", report=stop)
+    compress(source / "model", tmp_path / "other", calibration=source / "text", seed=1)
+    seen = []
+    learn_ipn(
+        tmp_path / "other", source / "model", tmp_path / "out", FAST, source / "text", report=lambda *a: seen.append(a)
+    )
+    assert [s for s in seen if s[0] == "train"][0] == ("train", 1, 6)
+
+
+def test_joint_without_a_weight_rate_is_refused(source, tmp_path):
+    with pytest.raises(LowtideError, match="--weight-rate 0: leaves the model alone"):
+        learn_joint(source / "model", tmp_path / "out", FAST, source / "artifact", source / "text")
+
+
 def test_out_of_memory_says_what_helps(source, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
@@ -206,6 +230,8 @@ def test_options_are_checked():
         ({"bits": (3.0, 2.0)}, "--bits 3,2"),
         ({"steps": -1}, "--steps"),
         ({"features": 0}, "--features 0"),
+        ({"focus": 1.5}, "--focus 1.5"),
+        ({"weight_rate": float("nan")}, "--weight-rate nan"),
         ({"parts": ("gate",)}, "--parts: known are importance, theta, offset"),
     ):
         with pytest.raises(LowtideError, match=message):

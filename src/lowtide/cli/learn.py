@@ -135,7 +135,7 @@ def joint(
     out: Annotated[Path, typer.Argument(help="Artifact to write.")],
     bits: Annotated[float, typer.Option(help="Budget to train for, bits read per weight.")] = 2.5,
     high: Annotated[
-        float | None, typer.Option(help="Highest budget that the dial shall reach. [default: 1.5 above]")
+        float | None, typer.Option(help="Highest budget that the dial shall reach. [default: 1.5 above, 6 at most]")
     ] = None,
     focus: Annotated[float, typer.Option(help="Part of the steps that train the budget itself.")] = 0.7,
     artifact: Annotated[
@@ -169,7 +169,7 @@ def joint(
 
     options = IpnOptions(
         steps=steps,
-        bits=(bits, bits + 1.5 if high is None else high),
+        bits=(bits, max(bits + 0.5, min(bits + 1.5, 6.0)) if high is None else high),
         focus=focus,
         windows=windows,
         weight_rate=weight_rate,

@@ -72,6 +72,10 @@ class IpnOptions:
             raise LowtideError(f"--steps {self.steps}, --windows {self.windows}: must be 0 and 1 or more")
         if not 1 <= self.features <= 64:
             raise LowtideError(f"--features {self.features}: must be 1 to 64")
+        if not 0 <= self.focus <= 1:
+            raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")
+        if not 0 <= self.weight_rate < 1:
+            raise LowtideError(f"--weight-rate {self.weight_rate:g}: must be at least 0 and below 1")
         unknown = set(self.parts) - set(Ipn.PARTS)
         if unknown or not self.parts:
             raise LowtideError(f"--parts: known are {', '.join(Ipn.PARTS)}")

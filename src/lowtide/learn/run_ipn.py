@@ -66,7 +66,7 @@ def learn_ipn(
         LowtideError: bad input, a text too short, out of memory, `out` exists, windows that processes cannot share.
     """
     team = join(options.windows)
-    target, opened = Path(out), open_artifact(artifact)
+    target, opened = Path(out).absolute(), open_artifact(artifact)
     return _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
 
 
@@ -86,20 +86,27 @@ def learn_joint(
 
     Args:
         model: as for `lowtide compress`.
-        out: the artifact to write; `OUT.partial` holds the untrained one and checkpoints.
+        out: the artifact to write; `OUT.start` holds the untrained one meanwhile, `OUT.partial` checkpoints.
         options: how to train; `weight_rate` above 0.
-        artifact: an artifact of the model to begin with; by default it is compressed first, on `calibration`.
+        artifact: an artifact of the model to begin with; by default it is compressed first, on `calibration` or `text`.
         text, tokens, resume, force, report: see `learn_ipn`.
     """
+    if not options.weight_rate > 0:
+        raise LowtideError("--weight-rate 0: leaves the model alone; `lowtide learn ipn` does that")
     team = join(options.windows)
-    target = Path(out)
+    target = Path(out).absolute()
     _check_out(target, force)
     start = target.with_name(target.name + ".start")
     if artifact is None:
-        if team.main and not (start / "lowtide.json").exists():
-            compress(model, start, calibration=calibration, seed=options.seed, progress=report)
+        if team.main:
+            given = calibration or text
+            source = open_source(model)
+            about = [source.fingerprint(), options.seed, None if given is None else str(Path(given).absolute())]
+            folder = WorkFolder(start, {"start": about if resume else time.time()})
+            if not (folder.path / "artifact" / "lowtide.json").exists():
+                compress(source, folder.path / "artifact", calibration=given, seed=options.seed, progress=report)
         team.wait()
-        artifact = start
+        artifact = start / "artifact"
     opened = open_artifact(artifact)
     done = _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
     if team.main:
@@ -125,6 +132,12 @@ def _learn(
     _check_out(out, force)
     dense = DenseModel(open_source(model))
     joint = options.weight_rate > 0
+    if "offset" not in options.parts:
+        raise LowtideError(
+            f"--parts {','.join(options.parts)}: offset must be among them; an artifact stores its probes"
+        )
+    if tokens < 1:
+        raise LowtideError(f"--tokens {tokens}: must be 1 or more")
     grid, tables = budget_tables(artifact)
     if not grid[0] <= options.bits[0] < options.bits[1] <= grid[-1]:
         low, high = options.bits
@@ -136,23 +149,23 @@ def _learn(
         for name, group in graded.groups.items():
             group.side_bits += ipn.side_bits(name)
         learner = Learner(graded, ipn, ids, options, team)
-        key = json.dumps(
-            [artifact.manifest.model_id, asdict(options), hashlib.sha256(ids.numpy().tobytes()).hexdigest()]
-        )
+        parts = [(folder / "lowtide.json").read_bytes(), ids.numpy().tobytes()]
+        key = json.dumps([asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
         work = out.with_name(out.name + ".partial")
         if team.main:
-            WorkFolder(work, {"run": key if resume else time.time()})
+            if not resume:
+                shutil.rmtree(work, ignore_errors=True)
+            WorkFolder(work, {"run": key})
         team.wait()
-        ratio = _start(learner, work, report) if ipn.features else math.nan
+        ratio = _start(learner, work, report)
         run = _train(learner, work, key, report)
         figures = _finish(learner, run, artifact, folder, out, work, force, report) if team.main else {}
         team.wait()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
-        raise LowtideError(
-            f"out of memory ({str(error).splitlines()[0]}): fewer --windows help most, then a shorter --text"
-        ) from None
+        reason = (str(error).splitlines() or ["no more to be had"])[0]
+        raise LowtideError(f"out of memory ({reason}): fewer --windows help most, then fewer --tokens") from None
     if not team.main:
         return {}
     shutil.rmtree(work, ignore_errors=True)
@@ -189,11 +202,11 @@ def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOpt
     return Ipn(importance, grid, tables, options.features, options.seed, options.parts, *options.bits)
 
 
-def _start(learner: Learner, work: Path, report: Report) -> float:
+def _start(learner: Learner, work: Path, report: Report) -> float | None:
     """Fit the probes to sensitivities, unless a checkpoint is going to replace them; mean ratio of held-out cost."""
     if (work / progress.NAME).exists():
-        return math.nan
-    ratio = _fit(learner, report) if learner.parallel.main else math.nan
+        return None
+    ratio = _fit(learner, report) if learner.parallel.main else None
     with torch.no_grad():
         for p in learner.parameters().values():
             p.copy_(learner.parallel.first(p))
@@ -218,6 +231,8 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
     if run is None:
         run = progress.Run()
         checked = learner.check()
+        if not math.isfinite(checked["value"]):
+            raise LowtideError("the held-out KL is not finite: the model, its artifact or its text is damaged")
         run.first, run.history = checked["value"], [{"step": 0, "tokens": 0} | checked]
         run.keep(parameters, checked["value"])
     while run.step < o.steps:
@@ -228,9 +243,9 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
         finite = math.isfinite(figures["kl"])
         if finite and run.step % o.check_every and run.step < o.steps:
             continue
-        checked = learner.check() if finite else {"value": math.nan, "points": []}
+        checked = learner.check() if finite else {"value": None, "points": []}
         run.history.append({"step": run.step, "tokens": run.tokens} | checked)
-        if not checked["value"] < run.first + DIVERGED:
+        if checked["value"] is None or not checked["value"] < run.first + DIVERGED:
             run.history[-1]["diverged"] = True
             break
         if checked["value"] < run.best:
