@@ -264,7 +264,7 @@ def other_rows(section: str, options: argparse.Namespace, label: str) -> list[di
         command += [options.model, *text, "--window", str(options.window), "--label", label]
         command += ["--calibration", options.calibration] if options.calibration else []
     elif section == "codec":
-        command += [options.model, "--name", label]
+        command += [options.model, "--name", label + ("-quick" if options.quick else "")]
     elif section == "fingerprint":
         command += [options.model]
     elif not options.keyed_texts:

@@ -27,8 +27,8 @@ from lowtide.learn.ipn import At, Ipn
 
 LOWEST = -60.0
 """log2 of a threshold that every score passes which is not zero."""
-WINDOWS = 8
-"""Windows that thresholds are set on."""
+TOKENS = 2048
+"""Tokens that thresholds are set on, in whole windows."""
 SAMPLE = 1 << 18
 """Margins of a group that are sorted."""
 ROUNDS = 2

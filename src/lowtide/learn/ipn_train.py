@@ -29,6 +29,8 @@ Report = Callable[[str, int, int], None]
 DIVERGED = math.log(2.0)
 """Training stops when the held-out value is this much above where it began."""
 WARM = 10
+KEPT_BYTES = 1 << 30
+"""Of the dense model's states."""
 SCALE_RATE = 0.5
 """Rate of the scales' logarithms, in units of the weights' relative rate."""
 
@@ -98,6 +100,7 @@ class Learner:
             )
         self.dense_head = self.model.dense.head_weight.to(HALF)
         self._held_hidden: torch.Tensor | None = None
+        self._states: dict[int, torch.Tensor] = {}
 
     @property
     def held(self) -> int:
@@ -125,6 +128,15 @@ class Learner:
             groups.append({"params": [p], "lr": rate, "rate0": rate})
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
+    def _dense(self, row: int) -> torch.Tensor:
+        """What the dense model's head reads for a window, f32 [N, D]; kept, as windows come again, up to KEPT_BYTES."""
+        found = self._states.get(row)
+        if found is None:
+            found = self.model.dense.hidden(self.ids[row : row + 1])[0]
+            if (len(self._states) + 1) * found.nbytes <= KEPT_BYTES:
+                self._states[row] = found
+        return found
+
     def step(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """One step; returns its budget, bits and KL, over all processes. Not finite: nothing is changed."""
         o, team = self.options, self.parallel
@@ -133,8 +145,9 @@ class Learner:
         low, high = o.bits
         at_low, spread = torch.rand(2, generator=draw).tolist()
         bits = low if at_low < o.focus else low + (high - low) * spread
-        ids = self.ids[rows[team.share(o.windows)]]
-        theirs = self.model.dense.hidden(ids)
+        mine = rows[team.share(o.windows)]
+        ids = self.ids[mine]
+        theirs = torch.stack([self._dense(int(row)) for row in mine])
         at = At(self.ipn, bits, tau=o.tau, keep_margins=o.prices.needs_margins)
         if team.rank:  # perturbed copies are each process's own
             draw.manual_seed((team.rank << 40) + o.seed * 1_000_003 + number)

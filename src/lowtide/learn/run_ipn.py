@@ -26,7 +26,7 @@ from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
-from lowtide.learn.ipn_export import WINDOWS, as_stored, gains, thresholds, write_weights
+from lowtide.learn.ipn_export import TOKENS, as_stored, gains, thresholds, write_weights
 from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, sensitivities
@@ -269,7 +269,7 @@ def _finish(
 ) -> dict[str, Any]:
     o, graded, ipn = learner.options, learner.model, learner.ipn
     stored = as_stored(ipn)
-    text = learner.ids[-min(WINDOWS, len(learner.ids)) :]
+    text = learner.ids[-max(1, TOKENS // learner.ids.shape[1]) :]
     tables, reads = thresholds(graded, ipn, text, lambda done, total: report("thresholds", done, total))
     for name, tensors in stored.items():
         if tensors.mix is not None:
