@@ -25,10 +25,9 @@ from dynamic_common import budgets, make_subject
 import lowtide
 from lowtide.errors import LowtideError
 from lowtide.format.reader import Artifact, open_artifact
+from lowtide.learn.ipn_loss import ELASTICITY
 from lowtide.runtime.budget import body_side_bits, body_weights
 
-ELASTICITY = 1.6
-"""-d log KL / d bits, as `lowtide.learn.ipn_loss` has it."""
 COLUMNS = ("artifact", "rule", "bits", "slices", "KL", "perplexity")
 
 
