@@ -30,6 +30,15 @@ class Small:
         return Task.of(self.model, self.ids, layer_problems(self.model, self.ids, 0))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, and much slower where other programs run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def small() -> Small:
     """Columns and rows of very different sizes, so that there is something to learn; logits far from uniform."""

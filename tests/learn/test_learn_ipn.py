@@ -28,6 +28,12 @@ TEXT = "the end of the tide is there and then another one in the hand. " * 40
 FAST = IpnOptions(steps=6, bits=(4.0, 6.0), windows=3, features=4, check_every=3)
 
 
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """Thresholds are set on 8 of these short windows: there are a good twenty budgets."""
+    monkeypatch.setattr(run_ipn, "TOKENS", 256)
+
+
 @pytest.fixture(scope="module")
 def source(small, tmp_path_factory):
     """A folder with `model`, its `artifact` and a `text`."""
