@@ -44,16 +44,15 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
         yield from _stored(options, subject)
     bench: list[Any] = []  # model and tuner, made when the first rival is not known yet
     for name in filter(None, options.rules.split(";")):
-        missing = options.bits
 
-        def fit(name: str = name, missing: str = missing) -> list[Row]:
+        def fit(name: str = name) -> list[Row]:
             if not bench:
                 model = RivalModel(subject.artifact)
                 calibration = Calibration(subject.artifact, model, subject.dense, subject.calibration, options.seed)
                 bench.extend((calibration, Tuner(calibration)))
-            return list(_rival(options, subject, *bench, name))
+            return list(_rival(options, subject, bench[0], bench[1], name))
 
-        key = f"{NAME}|{name}|{missing}|{options.seed}"
+        key = f"{NAME}|{name}|{options.bits}|{options.seed}"
         yield from subject.once(key, fit)
 
 

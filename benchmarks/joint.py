@@ -46,8 +46,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, default=Path("build/dynamic"), help="where sampled windows are kept")
     parser.add_argument("--label", help="name of the results file; the model's by default")
+    parser.add_argument("--quick", action="store_true", help="one short window, one budget: a trial run")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(argv)
+    if options.quick:
+        options.windows, options.window, options.bits = 1, min(options.window, 64), "3"
+        options.sampled = options.sampled and 1
     if (options.text is None) == (options.sampled is None):
         parser.error("give either --text or --sampled")
     options.calibration, options.calibration_windows, options.seed = None, 1, 0
@@ -126,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         kept = ("steps", "best_step", "trained_tokens", "probe_ratio", "budget_error", "seconds", "history")
         about["training"] = {k: trained[k] for k in kept}
         text += f"\n\n## held-out KL while training\n\n{curve_table(trained['history'])}"
-    path = common.save(f"joint-{subject.label}", common.report(about | {"rows": found}), text)
+    path = common.save(
+        f"joint-{subject.label}" + ("-quick" if options.quick else ""), common.report(about | {"rows": found}), text
+    )
     print(json.dumps(found, indent=2) if options.json else f"{text}\n\n{path}")
     return 0
 
