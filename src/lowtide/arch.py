@@ -1,7 +1,8 @@
 """The one declarative file about model architectures.
 
 `ARCHITECTURES` is a table of plain data: the names a decoder has in a Hugging Face config and in a GGUF file, and the
-few ways in which its members differ. Adding a Llama-like model means adding a row. Nothing here reads a file.
+few ways in which its members differ. Adding a Llama-like model means adding a row. Nothing here reads a file;
+`lowtide.format.hfvalues` knows how a Hugging Face config says what `ModelConfig` holds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowtide.errors import LowtideError
+from lowtide.format import hfvalues
 from lowtide.format.strictjson import short
 
 # Upper bounds on a config's numbers. They are far above any real model; they exist so that a hostile config cannot make
@@ -223,38 +225,10 @@ class ModelConfig:
         Raises:
             LowtideError: unknown architecture, missing number, or a feature that is not supported.
         """
-        if not isinstance(config, Mapping):
-            raise LowtideError(f"{where}: not a JSON object")
-        names = config.get("architectures")
-        if not isinstance(names, (list, tuple)) or len(names) != 1:
-            raise LowtideError(f"{where}: 'architectures' must list one name, not {short(names)}")
-        architecture = architecture_from_hf(names[0], where)
-        _refuse_unsupported(config, architecture, where)
-        heads = _number(config, "num_attention_heads", where)
-        hidden = _number(config, "hidden_size", where)
-        if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-            raise LowtideError(f"{where}: num_attention_heads and hidden_size must be whole numbers above zero")
-        eos = config.get("eos_token_id")
-        if not isinstance(eos, list):
-            eos = [] if eos is None else [eos]
+        architecture = architecture_from_hf(hfvalues.class_name(config, where), where)
+        values = hfvalues.read(config, architecture, where)
         try:
-            return cls(
-                architecture=architecture.name,
-                vocab_size=_number(config, "vocab_size", where),
-                hidden_size=hidden,
-                intermediate_size=_number(config, "intermediate_size", where),
-                num_layers=_number(config, "num_hidden_layers", where),
-                num_heads=heads,
-                num_kv_heads=_number(config, "num_key_value_heads", where, default=heads),
-                head_dim=_number(config, "head_dim", where, default=hidden // heads),
-                rms_eps=float(_number(config, "rms_norm_eps", where, default=1e-6)),
-                rope_theta=_rope_theta(config, architecture, where),
-                max_position=_number(config, "max_position_embeddings", where, default=2048),
-                tied=config.get("tie_word_embeddings", False),
-                qkv_bias=architecture.qkv_bias,
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_ids=tuple(eos),
-            )
+            return cls(architecture=architecture.name, qkv_bias=architecture.qkv_bias, **values)
         except LowtideError as error:
             if not str(error).startswith("config: "):
                 raise
@@ -262,27 +236,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model, readable by transformers 4 and 5 and by `from_hf`."""
-        architecture = ARCHITECTURES[self.architecture]
-        eos = list(self.eos_token_ids)
-        return {
-            "architectures": [architecture.hf_names[0]],
-            "model_type": architecture.name,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.rms_eps,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "max_position_embeddings": self.max_position,
-            "tie_word_embeddings": self.tied,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
-        }
+        return hfvalues.write(self, ARCHITECTURES[self.architecture])
 
 
 @dataclass(frozen=True)
@@ -362,41 +316,3 @@ def _check_positive(field: str, value: object) -> None:
     # The comparison refuses NaN too, and unlike math.isfinite takes integers of any size.
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1e30:
         raise LowtideError(f"config: {field} must be a number above zero, not {short(value)}")
-
-
-def _number(config: Mapping[str, Any], key: str, where: str, default: Any = None) -> Any:
-    """A number of the config; absent or null falls back to the default. Ranges are ModelConfig's business."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e30 < value < 1e30:
-        raise LowtideError(f"{where}: '{key}' must be a number, not {short(value)}")
-    return value
-
-
-def _refuse_unsupported(config: Mapping[str, Any], architecture: Architecture, where: str) -> None:
-    for key in architecture.refused:
-        if config.get(key):
-            raise LowtideError(f"{where}: {key} = {short(config[key])} is not supported for {architecture.name}")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise LowtideError(f"{where}: hidden_act {short(activation)} is not supported; only silu is")
-
-
-def _rope_theta(config: Mapping[str, Any], architecture: Architecture, where: str) -> float:
-    """The rotary base from `rope_parameters` (transformers 5) or `rope_theta` (4); scaling is refused by its name."""
-    nested: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        part = config.get(key)
-        if part is None:
-            continue
-        if not isinstance(part, Mapping):
-            raise LowtideError(f"{where}: '{key}' must be an object, not {short(part)}")
-        kind = part.get("rope_type", part.get("type", "default"))
-        if kind != "default":
-            raise LowtideError(f"{where}: {key} of type {short(kind)} is not supported; only 'default' is")
-        nested.update(part)
-    values = {float(_number(d, "rope_theta", where)) for d in (config, nested) if d.get("rope_theta") is not None}
-    if len(values) > 1:
-        raise LowtideError(f"{where}: rope_theta has two values, {sorted(values)}; keep the right one")
-    return values.pop() if values else architecture.default_rope_theta
