@@ -12,7 +12,8 @@ from lowtide.kernels import native
 from lowtide.kernels.reference import ReferenceEngine
 from lowtide.rules.ipn import LIMIT
 from lowtide.runtime.budget import body_weights, policy_params
-from lowtide.runtime.explain import DETAILED, KINDS, MATRICES, TOP, confidence, detailed, explain, sig, token_texts
+from lowtide.runtime.explain import DETAILED, TOP, confidence, detailed, explain, sig, token_texts
+from lowtide.runtime.explain_data import KINDS, MATRICES
 from lowtide.runtime.explain_trace import Columns, Tracer, strongest, top
 from lowtide.runtime.model import load_tokenizer
 

@@ -10,7 +10,7 @@ import typer
 from lowtide.cli.options import Artifact, Bits, Json, Policy
 
 if TYPE_CHECKING:
-    from lowtide.runtime.explain import Explanation, Token
+    from lowtide.runtime.explain_data import Explanation, Token
 
 
 def explain(

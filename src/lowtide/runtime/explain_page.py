@@ -16,7 +16,7 @@ from lowtide.errors import LowtideError
 if TYPE_CHECKING:
     import jinja2
 
-    from lowtide.runtime.explain import Explanation
+    from lowtide.runtime.explain_data import Explanation
 
 STEPS = 16
 """Colours of the heat map."""
