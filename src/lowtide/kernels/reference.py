@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 _Product = Callable[[int, str, F32, F32 | None], list[F32]]
+Watch = Callable[[int, str, F32, F32 | None, NDArray[np.int64]], None]
+"""Told of a group's product: index, name, input f32 [n, in], activated gate (`down` only) or None, bits read [n]."""
 
 PLANE_CACHE_BYTES = 4 << 30
 """Digits are kept unpacked, one byte each, up to this size; a larger model is unpacked again for every call."""
@@ -95,24 +97,53 @@ class ReferenceEngine:
 
         The same as n calls of `decode`, but faster, because the tokens are known beforehand.
         """
-        ids = self._check(tokens, pos)
-        masked = _Masked(self, policy, len(ids))
-        x = self._body(ids, pos, masked)
-        logits = np.empty((len(ids), self.vocab_size if want_logits else 0), np.float32)
-        head_bits = np.full(len(ids), ops.embedding_bits(self.embedding_group))
-        for start in range(0, len(ids) if want_logits else 0, HEAD_CHUNK):
+        x, body_bits = self.decode_body(tokens, pos, policy)
+        logits = np.empty((len(x), self.vocab_size if want_logits else 0), np.float32)
+        head_bits = np.full(len(x), ops.embedding_bits(self.embedding_group))
+        for start in range(0, len(x) if want_logits else 0, HEAD_CHUNK):
             rows = slice(start, start + HEAD_CHUNK)
             head = _Masked(self, policy, len(x[rows]))
             logits[rows] = head(4 * self.config.num_layers, "head", x[rows], None)[0]
             head_bits[rows] += head.bits
-            masked.last[-1] = head.last[-1]
-        self._bits = masked.last
+            self._bits[-1] = head.last[-1]
         c, scales = self.config, 8 if self._cache_bits == 8 else 0  # bytes of a key's and a value's scale
         per_position = c.num_layers * c.num_kv_heads * (c.head_dim * self._cache_bits // 4 + scales)
         stats = []
-        for i, (body, head_) in enumerate(zip(masked.bits.tolist(), head_bits.tolist(), strict=True)):
+        for i, (body, head_) in enumerate(zip(body_bits.tolist(), head_bits.tolist(), strict=True)):
             stats.append(DecodeStats(body, head_, (body + head_ + 7) // 8 + per_position * (pos + i + 1)))
         return logits, stats
+
+    def decode_body(
+        self, tokens: Sequence[int] | NDArray[np.int32], pos: int, policy: PolicyParams, watch: Watch | None = None
+    ) -> tuple[F32, NDArray[np.int64]]:
+        """The decoder's layers alone: given tokens from position pos on, each masked by itself under one policy.
+
+        Args:
+            tokens: n ids.
+            pos: of the first.
+            policy: what is read.
+            watch: called after every group's product, in the order of the layers.
+
+        Returns:
+            what the output head reads, f32 [n, D], and the bits read in the decoder's linear layers, i64 [n], side
+            data included.
+
+        Raises:
+            LowtideError: token or position out of range, thresholds of another model, or an unknown rule.
+        """
+        ids = self._check(tokens, pos)
+        masked = _Masked(self, policy, len(ids))
+
+        def product(index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
+            before = masked.bits.copy()
+            outs = masked(index, name, x, gate)
+            if watch is not None:
+                watch(index, name, x, gate, masked.bits - before)
+            return outs
+
+        x = self._body(ids, pos, product)
+        self._bits = masked.last
+        return x, masked.bits
 
     def prefill(self, tokens: Sequence[int] | NDArray[np.int32], pos: int, all_logits: bool = False) -> F32:
         """Given tokens from position pos on, all slices read: logits f32 [V] of the last, or [n, V] of all.

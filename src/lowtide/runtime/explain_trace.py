@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.format.groups import GroupTensors, LinearTensors
-from lowtide.kernels.reference import ReferenceEngine, _Masked
+from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
 from lowtide.rules import GroupStats, Rule, get_rule
 from lowtide.rules.channel_norm import ChannelNorm
@@ -73,21 +73,14 @@ class Tracer(ReferenceEngine):
             i64 [n], bits read in the decoder's linear layers, side data included.
 
         Raises:
-            LowtideError: as `decode_many`.
+            LowtideError: as `decode_body`.
         """
-        ids = self._check(tokens, pos)
-        masked = _Masked(self, policy, len(ids))
         probe = _Probe(policy)
 
-        def product(index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
-            before = masked.bits.copy()
-            outs = masked(index, name, x, gate)
-            group, stats = self.group(name)
-            watch(probe.reading(index, group, stats, x, gate, masked.bits - before))
-            return outs
+        def see(index: int, name: str, x: F32, gate: F32 | None, bits: I64) -> None:
+            watch(probe.reading(index, *self.group(name), x, gate, bits))
 
-        self._body(ids, pos, product)
-        return masked.bits
+        return self.decode_body(tokens, pos, policy, see)[1]
 
 
 class _Probe:
