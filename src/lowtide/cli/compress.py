@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Json
+from lowtide.cli.options import Calibration, Force, Json, Model, Out, Strict
 from lowtide.cli.progress import progress_bar
 
 
 def compress(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, .gguf file or demo:smollm2.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the artifact to make.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on. [default: the model writes its own]", metavar="FILE")
-    ] = None,
+    model: Model,
+    out: Out,
+    calibration: Calibration = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(help="How many tokens of it. [default: 12 windows; 24 if made small]", metavar="N")
     ] = None,
@@ -33,13 +30,13 @@ def compress(
         typer.Option(help="Sparsity of each layer: uniform, global or searched. [default: global if it may]"),
     ] = None,
     gradual: Annotated[bool, typer.Option("--gradual", help="Prune in steps: best and slowest.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
+    strict: Strict = False,
     bits_max: Annotated[
         int | None, typer.Option(help="Bits per weight stored at most: 2, 4, 6 or 8. [default: 6; 8 if made small]")
     ] = None,
     coding: Annotated[str, typer.Option(help="Of the file: entropy (small) or packed.")] = "entropy",
     seed: Annotated[int, typer.Option(help="Of the sampled text.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    force: Force = False,
     policy: Annotated[
         list[str] | None,
         typer.Option(help="Mask rule to store thresholds for, e.g. topk or channel-norm:0,6; repeat for several."),

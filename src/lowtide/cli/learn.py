@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from lowtide.cli.options import Json
+from lowtide.cli.options import (
+    Consistency,
+    Force,
+    Json,
+    Model,
+    Out,
+    Resume,
+    StepWindows,
+    TrainingSeed,
+    TrainingText,
+    TrainingTokens,
+)
 
 app = typer.Typer(name="learn", help="Train what compression and pruning go by.", no_args_is_help=True)
 
@@ -19,11 +30,9 @@ def _learn() -> None:
 
 @app.command()
 def importance(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, .gguf file or demo:smollm2.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="File of the trained network, e.g. importance.safetensors.")],
-    text: Annotated[
-        Path | None, typer.Option(help="Text to train on. [default: the model writes its own]", metavar="FILE")
-    ] = None,
+    text: TrainingText = None,
     steps: Annotated[int, typer.Option(help="Steps end to end; half as many block by block come before.")] = 120,
     sparsity: Annotated[
         str, typer.Option(help="Lowest and highest sparsity to train for.", metavar="LOW,HIGH")
@@ -38,9 +47,9 @@ def importance(
         Path | None, typer.Option("--from", help="Network to begin with. [default: the package's]", metavar="FILE")
     ] = None,
     relaxation: Annotated[str, typer.Option(help="Masks: straight-through or hard-concrete.")] = "straight-through",
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    seed: TrainingSeed = 0,
+    resume: Resume = True,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Train the importance network: which weights may go.
@@ -83,24 +92,22 @@ def importance(
 def ipn(
     artifact: Annotated[Path, typer.Argument(help="Artifact to add the learned rule to.")],
     model: Annotated[str, typer.Argument(help="The model it was made from: folder, hub id or .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="Artifact to write.")],
-    text: Annotated[
-        Path | None, typer.Option(help="Text to train on. [default: the model writes its own]", metavar="FILE")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text, at most.")] = 65_536,
+    out: Out,
+    text: TrainingText = None,
+    tokens: TrainingTokens = 65_536,
     bits: Annotated[str, typer.Option(help="Lowest and highest budget to train for.", metavar="LOW,HIGH")] = "2,4",
     steps: Annotated[int, typer.Option(help="Steps end to end, after the self-supervised start.")] = 100,
-    windows: Annotated[int, typer.Option(help="Windows of a step; fewer need less memory.")] = 8,
+    windows: StepWindows = 8,
     features: Annotated[int, typer.Option(help="Features of each probe.")] = 16,
     parts: Annotated[str, typer.Option(help="What learns.")] = "importance,theta,offset",
     sparsity_loss: Annotated[
         str, typer.Option(help="hinge (a budget that is kept) or l1 (open masks' mean).")
     ] = "hinge",
     l1: Annotated[float, typer.Option("--l1", help="Weight of the l1 term.")] = 1.0,
-    consistency: Annotated[float, typer.Option(help="Weight of the mask consistency term.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    consistency: Consistency = 0.0,
+    seed: TrainingSeed = 0,
+    resume: Resume = True,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Train the importance prediction network: what each token needs to read. The weights stay as they are.
@@ -132,7 +139,7 @@ def ipn(
 @app.command()
 def joint(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id or .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="Artifact to write.")],
+    out: Out,
     bits: Annotated[float, typer.Option(help="Budget to train for, bits read per weight.")] = 2.5,
     high: Annotated[
         float | None, typer.Option(help="Highest budget that the dial shall reach. [default: 1.5 above, 6 at most]")
@@ -141,17 +148,15 @@ def joint(
     artifact: Annotated[
         Path | None, typer.Option(help="Artifact of the model to begin with. [default: compress it first]")
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text to train on. [default: the model writes its own]", metavar="FILE")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text, at most.")] = 262_144,
+    text: TrainingText = None,
+    tokens: TrainingTokens = 262_144,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
-    windows: Annotated[int, typer.Option(help="Windows of a step; fewer need less memory.")] = 8,
+    windows: StepWindows = 8,
     weight_rate: Annotated[float, typer.Option(help="Adam's rate for weights, relative to their size.")] = 0.003,
-    consistency: Annotated[float, typer.Option(help="Weight of the mask consistency term.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    consistency: Consistency = 0.0,
+    seed: TrainingSeed = 0,
+    resume: Resume = True,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Train the model and what it reads together, against the dense model. The result is an ordinary artifact.

@@ -39,6 +39,23 @@ TopP: TypeAlias = Annotated[float, typer.Option(help="Choose among the likeliest
 Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 MaxTokens: TypeAlias = Annotated[int, typer.Option("-n", "--max-tokens", help="Tokens to generate at most.")]
 
+# Making artifacts and training: what compress, pack, prune and learn have in common.
+Model: TypeAlias = Annotated[str, typer.Argument(help="Hugging Face folder, hub id, .gguf file or demo:smollm2.")]
+Out: TypeAlias = Annotated[Path, typer.Argument(help="Folder of the artifact to make.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
+Strict: TypeAlias = Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")]
+Calibration: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Text to calibrate on. [default: the model writes its own]", metavar="FILE")
+]
+TrainingText: TypeAlias = Annotated[
+    Path | None, typer.Option("--text", help="Text to train on. [default: the model writes its own]", metavar="FILE")
+]
+TrainingTokens: TypeAlias = Annotated[int, typer.Option("--tokens", help="Tokens of the text, at most.")]
+StepWindows: TypeAlias = Annotated[int, typer.Option("--windows", help="Windows of a step; fewer need less memory.")]
+Consistency: TypeAlias = Annotated[float, typer.Option(help="Weight of the mask consistency term.")]
+TrainingSeed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of everything drawn.")]
+Resume: TypeAlias = Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")]
+
 
 def parse_bits_list(text: str) -> list[float | None]:
     """The budgets of `--bits A,B,...`; "dense" becomes None.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, Json
+from lowtide.cli.options import Artifact, Force, Json, Out
 
 
 def pack(
     artifact: Artifact,
-    out: Annotated[Path, typer.Argument(help="Folder of the artifact to make.")],
+    out: Out,
     coding: Annotated[
         str | None, typer.Option(help="entropy (small) or packed (opens without an image). [default: as it is]")
     ] = None,
     bits_max: Annotated[int | None, typer.Option(help="Bits per weight to keep: 2, 4, 6 or 8. [default: all]")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Store an artifact another way: coded or packed, or with fewer bits.

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Json
+from lowtide.cli.options import Calibration, Json, Model, Strict
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub id, .gguf file or demo:smollm2.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to make; pruned weights are zeros in it.")],
     rule: Annotated[
         str, typer.Option(help="magnitude, random, wanda, sparsegpt, or importance (ours).")
@@ -25,9 +25,7 @@ def prune(
     allocation: Annotated[
         str, typer.Option(help="Among layers: uniform, erk, global, or searched (slow).")
     ] = "uniform",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on. [default: the model writes its own]", metavar="FILE")
-    ] = None,
+    calibration: Calibration = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(help="How many tokens of it. [default: 12 windows]", metavar="N")
     ] = None,
@@ -45,7 +43,7 @@ def prune(
     network: Annotated[
         str | None, typer.Option(help="Importance network that --gradual goes by.", metavar="FILE")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse to prune a layer to nothing.")] = False,
+    strict: Strict = False,
     dtype: Annotated[str | None, typer.Option(help="f16 or f32. [default: f32 if the model is, else f16]")] = None,
     seed: Annotated[int, typer.Option(help="Of sampled text, random masks and the search.")] = 0,
     work: Annotated[
