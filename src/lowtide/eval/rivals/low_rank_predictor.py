@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from lowtide.eval.rivals.base import Fitted, Knobs, Plan, Rival
+from lowtide.eval.rivals.base import Fitted, Rival
 from lowtide.eval.rivals.calibration import Calibration, Table
-from lowtide.eval.rivals.neurons import Fixed
-from lowtide.eval.rivals.predictors import PredictedPlan, Predictor, importance_of_neurons, knobs
+from lowtide.eval.rivals.predictors import FittedPredictors, Predictor, examples
 
 RIDGE = 1e-3
 """Of the regression, relative to the mean energy of the inputs."""
@@ -32,12 +31,10 @@ class LowRankPredictor(Rival):
     def fit(self, calibration: Calibration) -> Fitted:
         """The regressions at full rank, and the inputs to find thresholds on."""
         maps, inputs_of = {}, {}
-        for index, _, inputs in calibration.blocks():
-            layer = f"layers.{index}"
-            score = importance_of_neurons(calibration, layer, inputs)
-            floor = FLOOR * float(score.square().mean().sqrt()) + 1e-30
-            maps[layer] = reduced_rank(inputs["gate_up"], score.clamp_min(floor).log2())
-            inputs_of[layer] = inputs["gate_up"][::4]
+        for layer, x, response in examples(calibration):
+            floor = FLOOR * float(response.square().mean().sqrt()) + 1e-30
+            maps[layer] = reduced_rank(x, response.clamp_min(floor).log2())
+            inputs_of[layer] = x[::4]
         return _Fitted(calibration, maps, inputs_of)
 
 
@@ -59,32 +56,18 @@ def reduced_rank(x: torch.Tensor, y: torch.Tensor) -> Predictor:
     return Predictor(down.float(), directions.float(), bias.float())
 
 
-class _Fitted(Fitted):
+class _Fitted(FittedPredictors):
     def __init__(self, calibration: Calibration, maps: dict[str, Predictor], inputs: dict[str, torch.Tensor]) -> None:
-        self.calibration, self.maps, self.inputs = calibration, maps, inputs
-        self.trained_tokens = calibration.ids.numel()
-        self._cut: dict[int, tuple[dict[str, Predictor], dict[str, Table]]] = {}
+        super().__init__(calibration, calibration.ids.numel())
+        self.maps, self.inputs = maps, inputs
 
-    def knobs(self, bits: float) -> Knobs:
-        return knobs(self.calibration)
-
-    def at_rank(self, rank: int) -> tuple[dict[str, Predictor], dict[str, Table]]:
-        """The predictors of that rank as they are stored, and the distributions of their scores, by layer."""
-        if rank not in self._cut:
-            predictors = {layer: _first(full, rank, self.inputs[layer]) for layer, full in self.maps.items()}
-            tables = {}
-            for layer, predictor in predictors.items():
-                tables[layer] = Table(self.calibration.usable(f"{layer}.down", predictor(self.inputs[layer])))
-            self._cut[rank] = predictors, tables
-        return self._cut[rank]
-
-    def plan(self, bits: float, fixed: Fixed | None = None, rank: int = 0, **setting: Any) -> Plan:
-        assert fixed is not None
-        predictors, tables = self.at_rank(rank)
-        plan = PredictedPlan(fixed, predictors, {})
-        share = plan.share(self.calibration.model, bits)
-        plan.cuts |= {layer: table.at(share) for layer, table in tables.items()}
-        return plan
+    def make(self, rank: int = 0, **setting: Any) -> tuple[dict[str, Predictor], dict[str, Table]]:
+        """The first components, and each layer's own scores."""
+        predictors = {layer: _first(full, rank, self.inputs[layer]) for layer, full in self.maps.items()}
+        tables = {}
+        for layer, predictor in predictors.items():
+            tables[layer] = Table(self.calibration.usable(f"{layer}.down", predictor(self.inputs[layer])))
+        return predictors, tables
 
 
 def _first(full: Predictor, rank: int, x: torch.Tensor) -> Predictor:

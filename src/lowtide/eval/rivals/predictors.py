@@ -1,13 +1,20 @@
-"""What the rules with a predictor share: two int8 factors between the MLP's input and a score for each neuron."""
+"""What the rules with a predictor share: two int8 factors between the MLP's input and a score for each neuron.
+
+A rule says how predictors are made for a setting, and of what scores its thresholds are quantiles; what they are fitted
+on, when they are made, and the plan of a setting are the same.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lowtide.eval.rivals.base import share_for
-from lowtide.eval.rivals.calibration import Calibration
+from lowtide.eval.rivals.base import Fitted, Knobs, Plan, share_for
+from lowtide.eval.rivals.calibration import Calibration, Table
 from lowtide.eval.rivals.model import RivalModel
 from lowtide.eval.rivals.neurons import Fixed, NeuronPlan, choices, digit_bits
 from lowtide.eval.rivals.r_sparse import to_int8
@@ -69,19 +76,47 @@ class PredictedPlan(NeuronPlan):
         return share_for(bits, always / model.body_weights, masked / model.body_weights)
 
 
+class FittedPredictors(Fitted):
+    """Predictors of one kind for every setting that is asked for, each made once."""
+
+    def __init__(self, calibration: Calibration, trained_tokens: int) -> None:
+        self.calibration, self.trained_tokens = calibration, trained_tokens
+        self._made: dict[tuple[tuple[str, Any], ...], tuple[dict[str, Predictor], dict[str, Table]]] = {}
+
+    @abstractmethod
+    def make(self, **setting: Any) -> tuple[dict[str, Predictor], dict[str, Table]]:
+        """The predictors of a setting as they are stored, and the distributions that its thresholds are quantiles of,
+        both by layer."""
+
+    def knobs(self, bits: float) -> Knobs:
+        """fixed: the pair of levels; rank: of the predictor."""
+        return {"fixed": choices(self.calibration.artifact.manifest.slices), "rank": ranks(self.calibration)}
+
+    def plan(self, bits: float, fixed: Fixed | None = None, **setting: Any) -> Plan:
+        assert fixed is not None
+        key = tuple(sorted(setting.items()))
+        if key not in self._made:
+            self._made[key] = self.make(**setting)
+        predictors, tables = self._made[key]
+        plan = PredictedPlan(fixed, predictors, {})
+        share = plan.share(self.calibration.model, bits)
+        plan.cuts |= {layer: table.at(share) for layer, table in tables.items()}
+        return plan
+
+
 def ranks(calibration: Calibration) -> tuple[int, ...]:
     """The ranks to try for this model, each once, the likeliest first."""
     hidden = calibration.model.config.hidden_size
     return tuple(dict.fromkeys(max(1, hidden * n // 512) for n in RANKS))
 
 
-def knobs(calibration: Calibration) -> dict[str, tuple[object, ...]]:
-    """fixed: the pair of levels; rank: of the predictor."""
-    return {"fixed": choices(calibration.artifact.manifest.slices), "rank": ranks(calibration)}
+def examples(calibration: Calibration) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Layer by layer what a predictor is fitted on: (layer, x, response).
 
-
-def importance_of_neurons(calibration: Calibration, layer: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What there is to predict, f32 [tokens, neurons]: |h - mean| times the importance of the `down` channel; an exact
-    channel counts as 0."""
-    stats = calibration.model.groups[f"{layer}.down"].stats
-    return (inputs["down"] - stats.mean).abs() * stats.importance
+    x f32 [tokens, in] is the MLP's input; response f32 [tokens, neurons] what there is to predict, |h - mean| times the
+    importance of the `down` channel. An exact channel counts as 0.
+    """
+    for index, _, inputs in calibration.blocks():
+        layer = f"layers.{index}"
+        stats = calibration.model.groups[f"{layer}.down"].stats
+        yield layer, inputs["gate_up"], (inputs["down"] - stats.mean).abs() * stats.importance

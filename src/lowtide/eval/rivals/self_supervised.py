@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lowtide.eval.rivals.base import Fitted, Knobs, Plan, Rival
+from lowtide.eval.rivals.base import Fitted, Knobs, Rival
 from lowtide.eval.rivals.calibration import Calibration, Table
-from lowtide.eval.rivals.neurons import Fixed
-from lowtide.eval.rivals.predictors import PredictedPlan, Predictor, importance_of_neurons, knobs
+from lowtide.eval.rivals.predictors import FittedPredictors, Predictor, examples
 
 STEPS, BATCH, RATE = 300, 256, 0.03
 MASSES = (0.8, 0.9)
@@ -30,12 +29,10 @@ class SelfSupervisedPredictor(Rival):
 
     def fit(self, calibration: Calibration) -> Fitted:
         """Inputs and responses; training waits for a rank and a mass."""
-        x, response = {}, {}
-        for index, _, inputs in calibration.blocks():
-            layer = f"layers.{index}"
-            x[layer] = inputs["gate_up"].half()
-            response[layer] = importance_of_neurons(calibration, layer, inputs).half()
-        return _Fitted(calibration, x, response)
+        inputs, responses = {}, {}
+        for layer, x, response in examples(calibration):
+            inputs[layer], responses[layer] = x.half(), response.half()
+        return _Fitted(calibration, inputs, responses)
 
 
 def top_mask(response: torch.Tensor, mass: float) -> torch.Tensor:
@@ -67,33 +64,22 @@ def train(x: torch.Tensor, target: torch.Tensor, rank: int, seed: int) -> Predic
     return Predictor(down.detach(), up.detach(), bias.detach())
 
 
-class _Fitted(Fitted):
+class _Fitted(FittedPredictors):
     def __init__(self, calibration: Calibration, x: dict[str, torch.Tensor], response: dict[str, torch.Tensor]) -> None:
-        self.calibration, self.x, self.response = calibration, x, response
-        self.trained_tokens = STEPS * min(BATCH, calibration.ids.numel())
-        self._trained: dict[tuple[int, float], tuple[dict[str, Predictor], Table]] = {}
+        super().__init__(calibration, STEPS * min(BATCH, calibration.ids.numel()))
+        self.x, self.response = x, response
 
     def knobs(self, bits: float) -> Knobs:
         """mass besides."""
-        return knobs(self.calibration) | {"mass": MASSES}
+        return super().knobs(bits) | {"mass": MASSES}
 
-    def trained(self, rank: int, mass: float) -> tuple[dict[str, Predictor], Table]:
-        """The predictors as they are stored, by layer, and the distribution of all their logits."""
-        if (rank, mass) not in self._trained:
-            predictors, logits = {}, []
-            for layer, x in self.x.items():
-                target = top_mask(self.response[layer].float(), mass)
-                with torch.enable_grad():
-                    predictors[layer] = train(x.float(), target, rank, self.calibration.seed).stored()
-                scores = predictors[layer](x[::8].float())
-                logits.append(self.calibration.usable(f"{layer}.down", scores).reshape(-1))
-            self._trained[rank, mass] = predictors, Table(torch.cat(logits))
-        return self._trained[rank, mass]
-
-    def plan(self, bits: float, fixed: Fixed | None = None, rank: int = 0, mass: float = 0.0, **setting: Any) -> Plan:
-        assert fixed is not None
-        predictors, table = self.trained(rank, mass)
-        plan = PredictedPlan(fixed, predictors, {})
-        cut = table.at(plan.share(self.calibration.model, bits))
-        plan.cuts |= dict.fromkeys(predictors, cut)
-        return plan
+    def make(self, rank: int = 0, mass: float = 0.0, **setting: Any) -> tuple[dict[str, Predictor], dict[str, Table]]:
+        """Trains them; every layer's threshold is a quantile of all layers' logits."""
+        predictors, logits = {}, []
+        for layer, x in self.x.items():
+            target = top_mask(self.response[layer].float(), mass)
+            with torch.enable_grad():
+                predictors[layer] = train(x.float(), target, rank, self.calibration.seed).stored()
+            scores = predictors[layer](x[::8].float())
+            logits.append(self.calibration.usable(f"{layer}.down", scores).reshape(-1))
+        return predictors, dict.fromkeys(predictors, Table(torch.cat(logits)))
