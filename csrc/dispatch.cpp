@@ -29,7 +29,8 @@ const Kernels *find_kernels(const char *name) {
 void Selection::reserve(int64_t max_in) {
   // Vector stores run up to 15 lanes over, and every class is padded to four entries.
   const size_t channels = (size_t)max_in + 16;
-  const size_t entries = (size_t)max_in * LT_MAX_SLICES + 16 + 4 * LT_MAX_SLICES;
+  const size_t most = (size_t)max_in * LT_MAX_SLICES;
+  const size_t entries = most + most / 4 + most / 128 + 16 + 4 * LT_MAX_SLICES;  // kRange bounds those entered again
   a.resize(channels);
   score.resize(channels);
   rank.resize(channels);

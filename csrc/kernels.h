@@ -14,6 +14,11 @@ constexpr int64_t kAheadBytes = 6144;
 constexpr int64_t kAhead = 8;
 // Prefill quantises inputs in blocks of this many channels; a block's sums of products stay exact in a float.
 constexpr int64_t kDepth = 128;
+// An int8 coefficient reaches this many times as far as the mean of its class; larger ones are entered several times.
+// Their entries are at most 1 / kRange + 1 / 254 of the class.
+constexpr float kRange = 4.0f;
+// A class whose mean magnitude is less than this counts as zero.
+constexpr float kLeast = 1e-30f;
 // Tiles that one pass sums up: their accumulators stay in the first-level cache.
 constexpr int64_t kPassTiles = 24;
 

@@ -1,6 +1,7 @@
 // Which channels are read, and with which int8 coefficients (docs/architecture.md: Score and level, Coefficients).
 // Included by kernels_impl.h only.
 #pragma once
+#include <cfloat>
 #include <cmath>
 
 #include "kernels.h"
@@ -60,53 +61,98 @@ static float largest(const float *v, int64_t n) {
   return max_lanes(m);
 }
 
-// Quantises one (level, slice) list to int8 with its class' factor and adds it to the entries.
-static int32_t emit(Selection &s, int level, int slice, float inv, int64_t entry) {
+static float magnitudes(const float *v, int64_t n) {
+  f32x16 total{};
+  for (int64_t i = 0; i < n; i += 16) total = total + absolute(load_part(v + i, n - i));
+  return sum_lanes(total);
+}
+
+static inline i32x16 within_int8(i32x16 q) {
+  q = q > 127 ? splat_int(127) : q;
+  return q < -127 ? splat_int(-127) : q;
+}
+
+// Enters what is left of one entry's coefficient in further entries of at most 127 each; returns the next free entry.
+static int64_t emit_rest(Selection &s, uint32_t channel, int slice, int32_t rest, int64_t entry) {
+  while (rest) {
+    const int32_t part = rest > 127 ? 127 : rest < -127 ? -127 : rest;
+    s.channel[entry] = channel;
+    s.slice[entry] = (uint8_t)slice;
+    s.coef[entry++] = (int8_t)part;
+    rest -= part;
+  }
+  return entry;
+}
+
+// Quantises one (level, slice) list with its class' factor and adds it to the entries, from `entry` on; channels beyond
+// the range of int8 come again after the list. Returns the sum of the coefficients.
+static int32_t emit(Selection &s, int level, int slice, float inv, int64_t &entry) {
   const int64_t n = s.level_count[level];
   const float quarter = std::ldexp(1.0f, -2 * slice);
   const float *value = s.level_value[level].data();
-  std::memcpy(s.channel.data() + entry, s.level_channel[level].data(), (size_t)n * 4);
+  const uint32_t *channel = s.level_channel[level].data();
+  std::memcpy(s.channel.data() + entry, channel, (size_t)n * 4);
   std::memset(s.slice.data() + entry, slice, (size_t)n);
   int8_t *coef = s.coef.data() + entry;
+  entry += n;
   const f32x16 magic = splat(12582912.0f);
   i32x16 total{};
   for (int64_t i = 0; i < n; i += 16) {
+    const int64_t lanes = n - i < 16 ? n - i : 16;
     const f32x16 u = load_part(value + i, n - i) * quarter;
     const i32x16 q = (i32x16)(u * inv + magic) - 0x4b400000;
+    const i32x16 kept = within_int8(q);
     total += q;
 #if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i *)(coef + i), _mm512_cvtepi32_epi8((__m512i)q));
+    const __mmask16 here = (__mmask16)((1u << lanes) - 1);
+    _mm512_mask_cvtepi32_storeu_epi8(coef + i, here, (__m512i)kept);
+    const bool beyond = _mm512_cmpneq_epi32_mask((__m512i)kept, (__m512i)q) != 0;
 #else
-    int32_t lanes[16];
-    std::memcpy(lanes, &q, 64);
-    for (int64_t k = 0; k < (n - i < 16 ? n - i : 16); ++k) coef[i + k] = (int8_t)lanes[k];
+    bool beyond = false;
+    for (int64_t k = 0; k < lanes; ++k) {
+      coef[i + k] = (int8_t)kept[k];
+      beyond |= kept[k] != q[k];
+    }
 #endif
+    for (int64_t k = 0; beyond && k < lanes; ++k) entry = emit_rest(s, channel[i + k], slice, q[k] - kept[k], entry);
   }
-  int32_t lanes[16], sum = 0;
-  std::memcpy(lanes, &total, 64);
-  for (int k = 0; k < 16; ++k) sum += lanes[k];
+  int32_t sum = 0;
+  for (int k = 0; k < 16; ++k) sum += total[k];
   return sum;
+}
+
+// What 127 stands for in class k: its largest value, or kRange times the mean of their magnitudes if that is less, for
+// then the few beyond it are entered several times. 0 for a class that is empty, next to nothing or not finite: what
+// emit() makes of such values has no bound.
+static float range_of(const Selection &s, int k) {
+  float top = 0, total = 0;
+  int64_t count = 0;
+  for (int slice = 0; k + slice < s.slices; ++slice) {
+    const int level = k + slice + 1;
+    const int64_t n = s.level_count[level];
+    const float *value = s.level_value[level].data(), quarter = std::ldexp(1.0f, -2 * slice);
+    const float v = largest(value, n) * quarter;
+    top = v > top ? v : top;
+    total = total + magnitudes(value, n) * quarter;
+    count += n;
+  }
+  const float mean = total / (float)count, range = mean * lowtide::kRange;
+  if (!(mean >= lowtide::kLeast && range <= FLT_MAX)) return 0;
+  return range < top ? range : top;
 }
 
 static void make_classes(const lt_group &g, Selection &s) {
   int64_t entry = 0;
   for (int k = 0; k < s.slices; ++k) {
-    float m = 0;
-    for (int slice = 0; k + slice < s.slices; ++slice) {
-      const int level = k + slice + 1;
-      const float v = largest(s.level_value[level].data(), s.level_count[level]) * std::ldexp(1.0f, -2 * slice);
-      m = v > m ? v : m;
-    }
+    const float m = range_of(s, k);
     s.class_begin[k] = entry;
     s.class_sum[k] = 0;
     s.class_scale[k] = 0;
     if (m > 0) {
       const float inv = 127.0f / m;
       s.class_scale[k] = m / 127.0f * 0.5f;
-      for (int slice = 0; k + slice < s.slices; ++slice) {
+      for (int slice = 0; k + slice < s.slices; ++slice)
         s.class_sum[k] += (int32_t)g.centre[slice] * emit(s, k + slice + 1, slice, inv, entry);
-        entry += s.level_count[k + slice + 1];
-      }
       for (; entry % 4; ++entry) {  // padding reads a line that is read anyway and adds nothing
         s.channel[entry] = s.channel[entry - 1];
         s.slice[entry] = s.slice[entry - 1];

@@ -61,14 +61,18 @@ def random_tokens(artifact, n=21, seed=3):
 assert_close = np.testing.assert_array_equal
 
 
+@pytest.mark.parametrize("tail", [0, 2])
 @pytest.mark.parametrize("rule", ["channel-norm", "channel-abs", "topk", "statistical-topk", "dense", "ipn"])
-def test_group_product_is_the_specification(artifact, rule):
+def test_group_product_is_the_specification(artifact, rule, tail):
+    """With inputs that are normal, and with some that are many times the rest and need several entries."""
     engines = [Engine(artifact, threads=threads, isa=isa) for isa, threads in VARIANTS]
     chosen = policy(artifact, rule, 0.25)
     body = [g for name, g in artifact.groups.items() if name != "embed"]
     features = None
     for index, group in enumerate(body):
-        x = np.random.default_rng(index).normal(0, 1.5, group.in_features).astype(np.float32)
+        draw = np.random.default_rng(index)
+        x = draw.normal(0, 1.5, group.in_features).astype(np.float32)
+        x *= np.exp(tail * draw.normal(0, 1, group.in_features)).astype(np.float32)
         stats = GroupStats.of(group)
         mask_rule = get_rule(rule)
         found = mask_rule.features(stats, x[None])
@@ -88,6 +92,24 @@ def test_group_product_is_the_specification(artifact, rule):
             assert bits == first_bits
             for y, again in zip(first, outs, strict=True):
                 np.testing.assert_array_equal(y, again, err_msg=f"{group.name} {engine.isa} {engine.threads} threads")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e38, 1e-38])
+def test_inputs_out_of_bounds_are_those_of_the_specification(artifact, wrong):
+    group = artifact.groups["layers.0.qkv"]
+    x = np.linspace(-3, 3, group.in_features, dtype=np.float32)
+    x[::3] = wrong
+    levels = np.full((1, group.in_features), group.slices, np.int32)
+    levels[:, group.exact_channels] = 0
+    with np.errstate(all="ignore"):
+        wanted = [
+            ops.graded_linear(group, linear, ops.channel_planes(ops_planes(group, linear)), x[None], levels)[0]
+            for linear in group.linears
+        ]
+    for isa, threads in VARIANTS:
+        got, _ = Engine(artifact, threads=threads, isa=isa).group_product(0, x, policy(artifact, "dense"))
+        for y, want in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(y, want, rtol=2e-6, equal_nan=True)
 
 
 def test_gains_move_what_tokens_read(artifact):

@@ -66,6 +66,19 @@ def planes_of(group, linear):
     return ops.channel_planes(codec.digit_planes(linear.weight, linear.out_features, group.in_features))
 
 
+def reach_by_loops(entries):
+    """Four times the mean magnitude of a class, summed slice by slice in sixteen lanes of the values before 4^-s."""
+    total = f32(0)
+    for s in sorted({e[2] for e in entries}):
+        lanes = [f32(0)] * 16
+        for i, e in enumerate(x for x in entries if x[2] == s):
+            lanes[i % 16] += f32(abs(e[3]) * f32(4.0**s))
+        for width in (8, 4, 2, 1):
+            lanes = [lanes[i] + lanes[i + width] for i in range(width)]
+        total += f32(lanes[0] * f32(4.0**-s))
+    return f32(f32(total / f32(len(entries))) * f32(4))
+
+
 def product_by_loops(group, linear, x, levels):
     """docs/architecture.md word by word, one number at a time, in its order."""
     digits = codec.digit_planes(linear.weight, linear.out_features, group.in_features)
@@ -78,9 +91,9 @@ def product_by_loops(group, linear, x, levels):
     y = [f32(0)] * linear.out_features
     for k in range(group.slices):
         mine = [e for e in entries if e[0] == k]
-        m = max((abs(e[3]) for e in mine), default=f32(0))
-        if m == 0:
+        if not mine:
             continue
+        m = min(max(abs(e[3]) for e in mine), reach_by_loops(mine))
         scale, inverse = f32(f32(m / f32(127)) * f32(0.5)), f32(f32(127) / m)
         coef = [int(np.rint(f32(e[3] * inverse))) for e in mine]
         for i in range(linear.out_features):
@@ -188,6 +201,41 @@ def test_coefficients_by_hand():
     np.testing.assert_array_equal(scale[:, 0], [f32(f32(3) / f32(127)) * f32(0.5), f32(f32(1) / f32(127)) * f32(0.5)])
 
 
+def test_coefficients_beyond_the_range_keep_the_others_fine():
+    """A massive input gets a coefficient of many times 127; the rest are rounded as if it were not there, nearly."""
+    a = np.random.default_rng(0).normal(0, 1, (1, 400)).astype(f32)
+    a[0, 7] = 300
+    coef, scale = ops.coefficients(a, np.ones((1, 400), np.int32), np.ones(400, f32), np.ones(1, f32))
+    unit = 2 * scale[0, 0]
+    mean = np.abs(a).mean()
+    assert unit == pytest.approx(4 * mean / 127, rel=1e-5)
+    assert coef[0, 0, 7] > 127 * 20
+    np.testing.assert_allclose(coef[0] * unit, a, atol=unit / 2 * 1.001)
+    spent = np.ceil(np.abs(coef[0, 0]) / 127).clip(1) - 1  # entries beyond the first
+    assert 0 < spent.sum() <= 400 * (1 / 4 + 1 / 254)
+
+
+def test_coefficients_without_a_massive_input_span_the_largest():
+    a = np.linspace(-2, 2, 64, dtype=f32)[None]
+    coef, scale = ops.coefficients(a, np.ones((1, 64), np.int32), np.ones(64, f32), np.ones(1, f32))
+    assert np.abs(coef).max() == 127 and scale[0, 0] == f32(f32(2) / f32(127)) * f32(0.5)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_class_that_is_not_finite_counts_as_zero(wrong):
+    a = np.ones((1, 20), f32)
+    a[0, :3] = wrong
+    with np.errstate(over="ignore"):
+        coef, scale = ops.coefficients(a, np.ones((1, 20), np.int32), np.ones(20, f32), np.ones(1, f32))
+    assert not coef.any() and scale[0, 0] == 0
+
+
+def test_a_class_next_to_zero_counts_as_zero():
+    a = np.full((1, 20), 1e-32, f32)
+    coef, scale = ops.coefficients(a, np.ones((1, 20), np.int32), np.ones(20, f32), np.ones(1, f32))
+    assert not coef.any() and scale[0, 0] == 0
+
+
 def test_coefficients_round_ties_to_even():
     # 127 steps to the largest value: 2.5 and 3.5 steps are ties
     coef, _ = ops.coefficients(
@@ -208,7 +256,7 @@ def test_digit_sums_stay_exact_for_very_wide_layers():
     width = 3 * ops.EXACT_CHUNK // 2
     planes = np.full((1, width, 2), 3, np.uint8)
     planes[0, 0, 1] = 2
-    coef, levels = np.full((1, 1, width), 127, np.int8), np.ones((1, width), np.int32)
+    coef, levels = np.full((1, 1, width), 127, np.int32), np.ones((1, width), np.int32)
     total = ops.digit_sums(planes, coef, levels, 0, (3,))
     np.testing.assert_array_equal(total, [[127 * 3 * width, 127 * 3 * width - 254]])
 

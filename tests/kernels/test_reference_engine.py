@@ -88,7 +88,7 @@ def test_a_full_read_decodes_close_to_the_dense_prefill(twins):
     want = log_probabilities(engine.prefill(TOKENS, 0, all_logits=True))
     got = [engine.decode(int(t), i, policy_of(artifact, "dense"))[0] for i, t in enumerate(TOKENS)]
     difference = np.abs(log_probabilities(got) - want)
-    assert 0 < difference.max() < 0.15
+    assert 0 < difference.max() < 0.2
     masked = [engine.decode(int(t), i, policy_of(artifact))[0] for i, t in enumerate(TOKENS)]
     assert np.abs(log_probabilities(masked) - want).mean() > 3 * difference.mean()
 

@@ -17,6 +17,7 @@ from lowtide.arch import LAYER_NORMS, ModelConfig
 from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
 from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
+from lowtide.kernels.reference_ops import RANGE
 from lowtide.rules import GroupStats, Rule
 
 
@@ -162,13 +163,23 @@ class MaskedModel:
         return y, levels
 
     def _coefficients(self, base: torch.Tensor, levels: torch.Tensor, slices: int) -> list[torch.Tensor]:
-        """Coefficient of every channel for each slice, 0 where it is not read, rounded to 8 bits per class."""
+        """Coefficient of every channel for each slice, 0 where it is not read, rounded as engines do it per class."""
         values = [torch.where(levels > s, base * 4.0**-s, 0.0) for s in range(slices)]
         if not self.quantise_coefficients:
             return values
         for k in range(slices):
             members = [levels == s + k + 1 for s in range(slices)]
-            peak = torch.stack([torch.where(m, v, 0.0).abs().amax(-1) for m, v in zip(members, values, strict=True)])
-            unit = (peak.amax(0) / 127).clamp_min(1e-30)[..., None]
+            sizes = [torch.where(m, v, 0.0).abs() for m, v in zip(members, values, strict=True)]
+            count = sum(m.sum(-1) for m in members)
+            unit = coefficient_unit(torch.stack(sizes).amax((0, -1)), torch.stack(sizes).sum((0, -1)), count)[..., None]
             values = [torch.where(m, (v / unit).round() * unit, v) for m, v in zip(members, values, strict=True)]
         return values
+
+
+def coefficient_unit(top: torch.Tensor, total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """What one unit of an int8 coefficient stands for (docs/architecture.md: Coefficients), never 0.
+
+    top, total, count: largest magnitude, sum and number of the values of a class, of any shape; f32 of the same shape.
+    """
+    reach = torch.minimum(top, total / torch.as_tensor(count).clamp_min(1) * float(RANGE))
+    return (reach / 127).clamp_min(1e-30)

@@ -26,7 +26,13 @@ U8 = NDArray[np.uint8]
 
 LANES = 16
 
-# Digits up to 3 times coefficients up to 127: a float32 sum of this many products stays below 2^24, so it is exact.
+# A coefficient of 127 reaches this many times as far as the mean of its class; larger ones are entered several times.
+RANGE = np.float32(4)
+# A class whose mean magnitude is less than this counts as zero.
+LEAST = np.float32(1e-30)
+
+# Digits up to 3 times coefficients that are 127 at most, or 32 in the mean: a float32 sum of this many products stays
+# below 2^24, so it is exact.
 EXACT_CHUNK = 32768
 
 # Prefill quantises inputs in blocks of this many channels: 127 * 255 * 128 is below 2^24, so these sums are exact too.
@@ -122,8 +128,10 @@ def attention(q: F32, keys: CachedRows, values: CachedRows, start: int) -> F32:
     return out.reshape(n, heads, head_dim)
 
 
-def coefficients(a: F32, levels: I32, col_scale: F32, shrink: F32) -> tuple[NDArray[np.int8], F32]:
-    """The int8 coefficients of every channel and slice, and the scale of every class.
+def coefficients(a: F32, levels: I32, col_scale: F32, shrink: F32) -> tuple[I32, F32]:
+    """The coefficients of every channel and slice, and the scale of every class.
+
+    Engines multiply in int8: a coefficient beyond 127 is entered several times, which is the same sum.
 
     Args:
         a: f32 [n, in], centred inputs.
@@ -132,34 +140,50 @@ def coefficients(a: F32, levels: I32, col_scale: F32, shrink: F32) -> tuple[NDAr
         shrink: f32 [S], gamma of levels 1..S.
 
     Returns:
-        coef i8 [S, n, in] (0 where the slice is not read) and scale f32 [S, n]: S_k of class k = level - slice - 1.
+        coef i32 [S, n, in] (0 where the slice is not read) and scale f32 [S, n]: S_k of class k = level - slice - 1.
     """
     slices = len(shrink)
     gamma = np.concatenate([np.zeros(1, np.float32), shrink.astype(np.float32)])[levels]
     value = a * col_scale * gamma
     classes = levels[None] - np.arange(slices)[:, None, None] - 1  # [S, n, in], negative: not read
     u = value[None] * (np.float32(4) ** -np.arange(slices, dtype=np.float32))[:, None, None]
-    coef = np.zeros(u.shape, np.int8)
+    coef = np.zeros(u.shape, np.int32)
     scale = np.zeros((slices, len(a)), np.float32)
-    for k in range(slices):
-        member = classes == k
-        m = np.where(member, np.abs(u), 0).max(axis=(0, 2)).astype(np.float32)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(m > 0, np.float32(127) / m, np.float32(0))
-        rounded = np.rint(u * inverse[:, None])
-        coef[member] = rounded[member].astype(np.int8)
-        scale[k] = m / np.float32(127) * np.float32(0.5)
+    for token in range(len(a)):
+        for k in range(slices):
+            m = class_range(value[token], levels[token], k, slices)
+            if m > 0:
+                member = classes[:, token] == k
+                coef[:, token][member] = np.rint(u[:, token][member] * (np.float32(127) / m)).astype(np.int32)
+                scale[k, token] = m / np.float32(127) * np.float32(0.5)
     return coef, scale
 
 
-def digit_sums(
-    planes: U8, coef: NDArray[np.int8], levels: I32, k: int, centres: tuple[int, ...]
-) -> NDArray[np.int64]:
+def class_range(value: F32, levels: I32, k: int, slices: int) -> np.float32:
+    """What a coefficient of 127 stands for in class k of one token: value f32 [in] = a * c * gamma, levels i32 [in].
+
+    The largest magnitude in the class, or RANGE times the mean if that is less; 0 for an empty class, for a mean below
+    LEAST and for sums that are not finite.
+    """
+    top, total, count = np.float32(0), np.float32(0), 0
+    for s in range(slices - k):
+        listed = np.abs(value[levels == k + s + 1])
+        if len(listed):
+            quarter = np.float32(4.0**-s)
+            top = max(top, np.float32(listed.max() * quarter))
+            total = np.float32(total + lane_sum(listed) * quarter)
+            count += len(listed)
+    mean = total / np.float32(max(count, 1))
+    reach = np.float32(mean * RANGE)
+    return min(reach, top) if mean >= LEAST and np.isfinite(reach) else np.float32(0)
+
+
+def digit_sums(planes: U8, coef: I32, levels: I32, k: int, centres: tuple[int, ...]) -> NDArray[np.int64]:
     """T_k = sum coef * (2 d - centre) over the entries of class k, exact; `centres` [S] as in `codec.centres`.
 
     Args:
         planes: u8 [S, in, out], digits in 0..3, coarsest slice first.
-        coef: i8 [S, n, in].
+        coef: i32 [S, n, in].
         levels: i32 [n, in].
         k: the class.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lowtide.arch import LAYER_NORMS, norm_specs
 from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
-from lowtide.compress.masked import MaskedModel
+from lowtide.compress.masked import MaskedModel, coefficient_unit
 from lowtide.eval.rivals.base import BlockState, Plan
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
@@ -136,18 +136,24 @@ class RivalModel(MaskedModel):
         if top == 0:
             return torch.zeros(len(base), rows.stop - rows.start)
         members = [(levels == level).to(torch.int8) for level in range(1, top + 1)]
-        peaks = torch.stack([(base * member).abs().amax(-1) for member in members])  # [top, n]
+        sizes = [(base * member).abs() for member in members]
+        peaks, sums = torch.stack([v.amax(-1) for v in sizes]), torch.stack([v.sum(-1) for v in sizes])  # [top, n]
+        counts = torch.stack([member.sum(-1) for member in members])
         if top <= SUMMED_SLICES and not bool(peaks[:-1].any()):
-            unit = (peaks[-1] / 127).clamp_min(1e-30)[:, None]
-            whole = (base / unit).round().to(torch.int8)
+            unit = coefficient_unit(peaks[-1], sums[-1], counts[-1])[:, None]
+            whole = (base / unit).round()
             return _multiply(whole, self._digits(name, rows, top)) * (unit * (0.5 * 4.0 ** (1 - top)))
         scale = torch.tensor([4.0**-s for s in range(top)])[:, None]
-        units = [((peaks[k:] * scale[: top - k]).amax(0) / 127).clamp_min(1e-30) for k in range(top)]
+        units = []
+        for k in range(top):
+            own, quarters = slice(k, None), scale[: top - k]
+            largest, total_size = (peaks[own] * quarters).amax(0), (sums[own] * quarters).sum(0)
+            units.append(coefficient_unit(largest, total_size, counts[own].sum(0)))
         stacked, total = self._digits(name, rows, 0), torch.zeros(len(base), rows.stop - rows.start)
         parts: list[list[torch.Tensor]] = [[] for _ in range(top)]
         for s in range(top):
             factors = [torch.zeros(len(base))] * (s + 1) + [4.0**-s / units[k] for k in range(top - s)]
-            whole = (base * torch.stack(factors, -1).gather(-1, levels.long())).round().to(torch.int8)
+            whole = (base * torch.stack(factors, -1).gather(-1, levels.long())).round()
             for k in range(top - s):
                 parts[k].append(whole * members[s + k])
         for k, (unit, part) in enumerate(zip(units, parts, strict=True)):
@@ -181,8 +187,16 @@ class RivalModel(MaskedModel):
 
 
 def _multiply(coefficients: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-    """int8 [n, in] times int8 [in, out], summed exactly, as f32 [n, out]."""
-    return torch._int_mm(coefficients, digits).float()
+    """Whole numbers f32 [n, in] times int8 [in, out], summed exactly, as f32 [n, out].
+
+    Those beyond the range of int8 are few: what is left of them, in units of 127, is multiplied apart.
+    """
+    more = (coefficients / 127).trunc_()
+    product = torch._int_mm((coefficients - 127 * more).to(torch.int8), digits).float()
+    columns = more.any(0).nonzero()[:, 0]
+    if len(columns):
+        product += 127 * _multiply(more[:, columns], digits[columns])
+    return product
 
 
 def _rows(group: GroupTensors) -> tuple[slice, ...]:
