@@ -45,25 +45,34 @@ void lt_engine_free(lt_engine *engine) { delete engine; }
 
 const char *lt_engine_isa(const lt_engine *engine) { return engine->engine.kernels().name; }
 
-void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_policy *policy, float *logits,
-               lt_stats *stats) {
-  engine->engine.decode(token, position, *policy, logits, stats);
+lt_sequence *lt_sequence_new(const lt_engine *engine) {
+  try {
+    return new lt_sequence{engine->engine.new_sequence()};
+  } catch (const std::bad_alloc &) {
+    return nullptr;
+  }
 }
 
-int lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits) {
+void lt_sequence_free(lt_sequence *sequence) { delete sequence; }
+
+void lt_decode(lt_engine *engine, const lt_step *steps, int64_t n) { engine->engine.decode(steps, n); }
+
+int lt_prefill(lt_engine *engine, lt_sequence *sequence, const int32_t *tokens, int64_t n, int64_t position,
+               int all_logits, float *logits) {
   try {
-    engine->engine.prefill(tokens, n, position, all_logits != 0, logits);
+    engine->engine.prefill(sequence->sequence, tokens, n, position, all_logits != 0, logits);
   } catch (const std::bad_alloc &) {
     return 1;
   }
   return 0;
 }
 
-int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y) {
-  return engine->engine.group_product(group, x, *policy, y);
+int64_t lt_group_product(lt_engine *engine, lt_sequence *sequence, int64_t group, const float *x,
+                         const lt_policy *policy, float *const *y) {
+  return engine->engine.group_product(sequence->sequence, group, x, *policy, y);
 }
 
-int64_t lt_group_bits(const lt_engine *engine, int64_t *out) { return engine->engine.group_bits(out); }
+int64_t lt_group_bits(const lt_sequence *sequence, int64_t *out) { return sequence->sequence.group_bits(out); }
 
 double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats) {
   try {

@@ -1,4 +1,6 @@
-// The step for one token: five waits a layer, everything between them is done by all threads at once.
+// The step for one token of each of several texts: five waits a layer, everything between them is done by all threads
+// at once. Texts take turns within a group, so weights that one of them has read are in the processor's cache for the
+// next; each is computed as if it were alone.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -41,8 +43,10 @@ Share share_of(const lt_group &g, int tid, int threads) {
 }
 
 // The rule turns its parameters into thresholds on a score; a null score means |x - mean| * the rule's importance.
-void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const float *x, const lt_policy &policy,
-                           float *out, const float **score) {
+void Engine::thresholds_of(int tid, Sequence &seq, int64_t row, const float *x, const lt_policy &policy, float *out,
+                           const float **score) {
+  const lt_group &g = groups_[row];
+  Worker &w = workers_[tid];
   const float *params = policy.params + row * LT_MAX_SLICES;
   const float factor = (float)std::exp2(policy.log2_offset);
   float *sc = w.selection.score.data();
@@ -61,7 +65,7 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
       break;
     case LT_GATE:
       if (row % 4 == kDown && row < head_group()) {
-        k_.swiglu(gate_up_.data(), ones_.data(), g.in, sc);
+        k_.swiglu(seq.gate_up_.data(), ones_.data(), g.in, sc);
         for (int64_t j = 0; j < g.in; ++j) sc[j] = std::fabs(sc[j]);
       } else {  // elsewhere a static choice: finite thresholds are passed by every channel
         std::fill(sc, sc + g.in, INFINITY);
@@ -99,9 +103,10 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
       break;
     }
     case LT_IPN: {
-      if (g.ipn_probe) k_.probe(g, x, w.features);
+      float *features = seq.features_[tid].values;
+      if (g.ipn_probe) k_.probe(g, x, features);
       if (!g.ipn_mix || !policy.gains) break;
-      const float moved = k_.waterline(g, w.features, policy.gains[row]);
+      const float moved = k_.waterline(g, features, policy.gains[row]);
       for (int64_t s = 0; s < g.slices; ++s) out[s] = out[s] * moved;
       break;
     }
@@ -109,17 +114,19 @@ void Engine::thresholds_of(Worker &w, const lt_group &g, int64_t row, const floa
   }
 }
 
-// Returns the bits that this input reads of the group.
-int64_t Engine::choose(Worker &w, int64_t group, const float *x, const lt_policy &policy) {
+// What this input reads of the group; the first thread notes how many bits that is.
+void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const lt_policy &policy) {
   const lt_group &g = groups_[group];
+  Worker &w = workers_[tid];
   float thresholds[LT_MAX_SLICES];
   const float *score;
-  thresholds_of(w, g, group, x, policy, thresholds, &score);
+  thresholds_of(tid, s, group, x, policy, thresholds, &score);
   const bool ipn = policy.rule == LT_IPN;
   k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, thresholds, w.selection);
+  if (tid != 0) return;
   int64_t rows = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) rows += g.linear[i].out;
-  return 2 * w.selection.read_levels() * rows + (ipn ? g.ipn_side_bits : g.side_bits);
+  s.bits_[group] = 2 * w.selection.read_levels() * rows + (ipn ? g.ipn_side_bits : g.side_bits);
 }
 
 // This thread's tiles of every linear layer of the group.
@@ -140,96 +147,111 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   }
 }
 
-void Engine::attend(int tid, int64_t layer, int64_t position) {
+// Keys and values of this token go into the cache.
+void Engine::rotate(int tid, Sequence &s, int64_t layer, int64_t position) {
+  const int64_t hd = model_.head_dim, threads = pool_.size();
+  float *q = s.qkv_.data(), *k = q + model_.heads * hd, *v = k + model_.kv_heads * hd;
+  for (int64_t h = model_.heads * tid / threads; h < model_.heads * (tid + 1) / threads; ++h)
+    k_.rope(q + h * hd, s.cosine_.data(), s.sine_.data(), hd);
+  for (int64_t h = tid; h < model_.kv_heads; h += threads) {
+    k_.rope(k + h * hd, s.cosine_.data(), s.sine_.data(), hd);
+    k_.store_kv(k + h * hd, v + h * hd, hd, position, s.cache(layer, h));
+  }
+}
+
+void Engine::attend(int tid, Sequence &s, int64_t layer, int64_t position) {
   const int64_t hd = model_.head_dim, per = model_.heads / model_.kv_heads;
   const int64_t begin = model_.heads * tid / pool_.size(), end = model_.heads * (tid + 1) / pool_.size();
   for (int64_t h = begin; h < end;) {
     const int64_t kv = h / per, stop = std::min(end, (kv + 1) * per);
-    k_.attention(qkv_.data() + h * hd, stop - h, hd, cache(layer, kv), position + 1,
-                 workers_[tid].scratch.data(), attended_.data() + h * hd);
+    k_.attention(s.qkv_.data() + h * hd, stop - h, hd, s.cache(layer, kv), position + 1,
+                 workers_[tid].scratch.data(), s.attended_.data() + h * hd);
     h = stop;
   }
 }
 
-void Engine::decode_thread(int tid, int64_t token, int64_t position, const lt_policy &policy, float *logits) {
+void Engine::decode_thread(int tid, const lt_step *steps, int64_t n) {
   const lt_model &m = model_;
-  const int64_t hd = m.head_dim, q_rows = m.heads * hd, kv_rows = m.kv_heads * hd;
   Worker &w = workers_[tid];
-  float *q = qkv_.data(), *k = q + q_rows, *v = k + kv_rows;
-  if (tid == 0) {
-    const lt_group &e = embed_group();
-    k_.embed(e, e.linear[0], token, x_.data());
-    set_angles(position, cosine_.data(), sine_.data());
-  }
+  const auto each = [&](auto &&work) {
+    for (int64_t i = 0; i < n; ++i) work(steps[i], steps[i].sequence->sequence);
+  };
+  const auto wait_each = [&](auto &&work) {
+    each(work);
+    pool_.barrier();
+  };
+  const auto normed = [&](const Sequence &s, int64_t which) {
+    k_.rmsnorm(s.x_.data(), norms_[which], m.hidden, (float)m.rms_eps, w.normed.data());
+    return (const float *)w.normed.data();
+  };
+  const lt_group &e = embed_group();
+  if (tid == 0) each([&](const lt_step &step, Sequence &s) {
+    k_.embed(e, e.linear[0], step.token, s.x_.data());
+    set_angles(step.position, s.cosine_.data(), s.sine_.data());
+  });
   pool_.barrier();
   for (int64_t layer = 0; layer < m.layers; ++layer) {
     const int64_t group = layer * 4;
-    const auto pick = [&](int kind, const float *x) {
-      const int64_t bits = choose(w, group + kind, x, policy);
-      if (tid == 0) bits_[group + kind] = bits;
-    };
-    k_.rmsnorm(x_.data(), norms_[2 * layer], m.hidden, (float)m.rms_eps, w.normed.data());
-    pick(kQkv, w.normed.data());
-    float *const qkv[3] = {q, k, v};
-    product(tid, group + kQkv, qkv, false);
-    pool_.barrier();
-    for (int64_t h = m.heads * tid / pool_.size(); h < m.heads * (tid + 1) / pool_.size(); ++h)
-      k_.rope(q + h * hd, cosine_.data(), sine_.data(), hd);
-    for (int64_t h = tid; h < m.kv_heads; h += pool_.size()) {
-      k_.rope(k + h * hd, cosine_.data(), sine_.data(), hd);
-      k_.store_kv(k + h * hd, v + h * hd, hd, position, cache(layer, h));
-    }
-    pool_.barrier();
-    attend(tid, layer, position);
-    pool_.barrier();
-    pick(kO, attended_.data());
-    float *const residual[1] = {x_.data()};
-    product(tid, group + kO, residual, true);
-    pool_.barrier();
-    k_.rmsnorm(x_.data(), norms_[2 * layer + 1], m.hidden, (float)m.rms_eps, w.normed.data());
-    pick(kGateUp, w.normed.data());
-    float *const pair[2] = {gate_up_.data(), gate_up_.data() + m.intermediate};
-    product(tid, group + kGateUp, pair, false);
-    pool_.barrier();
+    wait_each([&](const lt_step &step, Sequence &s) {
+      choose(tid, s, group + kQkv, normed(s, 2 * layer), *step.policy);
+      float *const q = s.qkv_.data(), *const k = q + m.heads * m.head_dim;
+      float *const qkv[3] = {q, k, k + m.kv_heads * m.head_dim};
+      product(tid, group + kQkv, qkv, false);
+    });
+    wait_each([&](const lt_step &step, Sequence &s) { rotate(tid, s, layer, step.position); });
+    wait_each([&](const lt_step &step, Sequence &s) { attend(tid, s, layer, step.position); });
+    wait_each([&](const lt_step &step, Sequence &s) {
+      choose(tid, s, group + kO, s.attended_.data(), *step.policy);
+      float *const residual[1] = {s.x_.data()};
+      product(tid, group + kO, residual, true);
+    });
+    wait_each([&](const lt_step &step, Sequence &s) {
+      choose(tid, s, group + kGateUp, normed(s, 2 * layer + 1), *step.policy);
+      float *const pair[2] = {s.gate_up_.data(), s.gate_up_.data() + m.intermediate};
+      product(tid, group + kGateUp, pair, false);
+    });
     // Every thread needs all of it to choose channels, and computing it is cheaper than waiting once more.
-    k_.swiglu(pair[0], pair[1], m.intermediate, w.hidden.data());
-    pick(kDown, w.hidden.data());
-    product(tid, group + kDown, residual, true);
-    pool_.barrier();
+    wait_each([&](const lt_step &step, Sequence &s) {
+      k_.swiglu(s.gate_up_.data(), s.gate_up_.data() + m.intermediate, m.intermediate, w.hidden.data());
+      choose(tid, s, group + kDown, w.hidden.data(), *step.policy);
+      float *const residual[1] = {s.x_.data()};
+      product(tid, group + kDown, residual, true);
+    });
   }
-  if (!logits) return;
-  k_.rmsnorm(x_.data(), norms_[2 * m.layers], m.hidden, (float)m.rms_eps, w.normed.data());
-  const int64_t bits = choose(w, head_group(), w.normed.data(), policy);
-  if (tid == 0) bits_[head_group()] = bits;
-  float *const out[1] = {logits};
-  product(tid, head_group(), out, false);
+  each([&](const lt_step &step, Sequence &s) {
+    if (!step.logits) return;
+    choose(tid, s, head_group(), normed(s, 2 * m.layers), *step.policy);
+    float *const out[1] = {step.logits};
+    product(tid, head_group(), out, false);
+  });
 }
 
-void Engine::decode(int64_t token, int64_t position, const lt_policy &policy, float *logits, lt_stats *stats) {
-  std::fill(bits_.begin(), bits_.end(), 0);
-  pool_.run([&](int tid) { decode_thread(tid, token, position, policy, logits); });
-  if (!stats) return;
+void Engine::decode(const lt_step *steps, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    Sequence &s = steps[i].sequence->sequence;
+    std::fill(s.bits_.begin(), s.bits_.end(), 0);
+  }
+  pool_.run([&](int tid) { decode_thread(tid, steps, n); });
   const lt_group &e = embed_group();
-  *stats = {};
-  for (int64_t g = 0; g < head_group(); ++g) stats->body_bits += bits_[g];
-  stats->head_bits = bits_[head_group()];
-  stats->embed_bits = 2 * e.slices * e.in + 16 * e.in + 16;
-  stats->cache_bytes = model_.layers * model_.kv_heads * (position + 1) *
-                       (model_.head_dim * model_.cache_bits / 4 + (model_.cache_bits == 8 ? 8 : 0));
+  for (int64_t i = 0; i < n; ++i) {
+    lt_stats *stats = steps[i].stats;
+    if (!stats) continue;
+    const Sequence &s = steps[i].sequence->sequence;
+    *stats = {};
+    for (int64_t g = 0; g < head_group(); ++g) stats->body_bits += s.bits_[g];
+    stats->head_bits = s.bits_[head_group()];
+    stats->embed_bits = 2 * e.slices * e.in + 16 * e.in + 16;
+    stats->cache_bytes = model_.layers * model_.kv_heads * (steps[i].position + 1) *
+                         (model_.head_dim * model_.cache_bits / 4 + (model_.cache_bits == 8 ? 8 : 0));
+  }
 }
 
-int64_t Engine::group_bits(int64_t *out) const {
-  std::copy(bits_.begin(), bits_.begin() + head_group() + 1, out);
-  return head_group() + 1;
-}
-
-int64_t Engine::group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y) {
+int64_t Engine::group_product(Sequence &s, int64_t group, const float *x, const lt_policy &policy, float *const *y) {
   pool_.run([&](int tid) {
-    const int64_t bits = choose(workers_[tid], group, x, policy);
-    if (tid == 0) bits_[group] = bits;
+    choose(tid, s, group, x, policy);
     product(tid, group, y, false);
   });
-  return bits_[group];
+  return s.bits_[group];
 }
 
 }  // namespace lowtide

@@ -1,4 +1,4 @@
-// The decoder: state, the step for one token, and prefill.
+// The decoder: state, the step for one token of each of several texts, and prefill.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -40,7 +40,6 @@ struct Worker {
   Selection selection;
   std::vector<float> normed;     // [hidden]
   std::vector<float> hidden;     // [intermediate] activated FFN neurons
-  float features[LT_MAX_FEATURES] = {};  // of the last probe: o and down use those of qkv and gate_up
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
   std::vector<float> scratch;    // attention scores
   AlignedPanel panel;            // prefill: unpacked weights
@@ -48,27 +47,50 @@ struct Worker {
   std::vector<float> corrections;  // prefill: what its outliers add
 };
 
+// One text: its KV cache, and what one of its tokens is on its way through the layers.
+class Sequence {
+ public:
+  Sequence(const lt_model &model, int threads);
+  int64_t group_bits(int64_t *out) const;
+
+ private:
+  friend class Engine;
+  struct Features {
+    float values[LT_MAX_FEATURES] = {};
+  };
+  HeadCache cache(int64_t layer, int64_t kv_head);
+
+  const int64_t kv_heads_, head_dim_, cache_bits_;
+  const int64_t positions_;                         // of the cache, a multiple of 16
+  ZeroedMemory keys_, values_, key_scales_, value_scales_;
+  std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
+  std::vector<int64_t> bits_;                       // [layers * 4 + 1] of the last token
+  std::vector<Features> features_;                  // [threads] of the last probe: o and down use qkv's and gate_up's
+};
+
 class Engine {
  public:
   Engine(const lt_model &model, int threads, const Kernels *kernels);
 
-  void decode(int64_t token, int64_t position, const lt_policy &policy, float *logits, lt_stats *stats);
-  void prefill(const int32_t *tokens, int64_t n, int64_t position, bool all_logits, float *logits);
-  int64_t group_product(int64_t group, const float *x, const lt_policy &policy, float *const *y);
-  int64_t group_bits(int64_t *out) const;
+  Sequence new_sequence() const { return Sequence(model_, pool_.size()); }
+  void decode(const lt_step *steps, int64_t n);
+  void prefill(Sequence &s, const int32_t *tokens, int64_t n, int64_t position, bool all_logits, float *logits);
+  int64_t group_product(Sequence &s, int64_t group, const float *x, const lt_policy &policy, float *const *y);
   double read_bandwidth(int64_t bytes, int repeats);
   const Kernels &kernels() const { return k_; }
 
  private:
   // decode.cpp
-  void decode_thread(int tid, int64_t token, int64_t position, const lt_policy &policy, float *logits);
-  int64_t choose(Worker &w, int64_t group, const float *x, const lt_policy &policy);
-  void thresholds_of(Worker &w, const lt_group &g, int64_t row, const float *x, const lt_policy &policy, float *out,
+  void decode_thread(int tid, const lt_step *steps, int64_t n);
+  void choose(int tid, Sequence &s, int64_t group, const float *x, const lt_policy &policy);
+  void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
-  void attend(int tid, int64_t layer, int64_t position);
+  void rotate(int tid, Sequence &s, int64_t layer, int64_t position);
+  void attend(int tid, Sequence &s, int64_t layer, int64_t position);
   // prefill.cpp
-  void prefill_chunk(int tid, const int32_t *tokens, int64_t n, int64_t position);
+  void reserve_prefill();
+  void prefill_chunk(int tid, Sequence &s, const int32_t *tokens, int64_t n, int64_t position);
   void dense(int tid, int64_t group, const float *x, int64_t n, float *const *y, bool accumulate);
   void centre(int tid, const lt_group &g, const float *x, int64_t n);
   void dense_tile(Worker &w, const lt_group &g, const lt_linear &l, int64_t tile, int64_t n);
@@ -77,7 +99,6 @@ class Engine {
   void set_angles(int64_t position, float *cosine, float *sine) const;
   int64_t head_group() const { return model_.layers * 4; }
   const lt_group &embed_group() const { return model_.groups[head_group() + (model_.tied ? 0 : 1)]; }
-  HeadCache cache(int64_t layer, int64_t kv_head);
 
   lt_model model_;
   std::vector<lt_group> groups_;
@@ -86,10 +107,7 @@ class Engine {
   const Kernels &k_;
   Pool pool_;
   std::vector<Worker> workers_;
-  int64_t positions_;                               // of the cache, a multiple of 16
-  ZeroedMemory keys_, values_, key_scales_, value_scales_;
-  std::vector<float> x_, qkv_, attended_, gate_up_, ones_, cosine_, sine_;
-  std::vector<int64_t> bits_;                       // per group, of the last token
+  std::vector<float> ones_;                         // [intermediate]
   // Prefill buffers, [chunk, ...]
   std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
   std::vector<int8_t> pquantised_;
@@ -106,3 +124,7 @@ constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a
 inline int64_t blocks_of(int64_t in) { return (in + kDepth - 1) / kDepth; }
 
 }  // namespace lowtide
+
+struct lt_sequence {
+  lowtide::Sequence sequence;
+};

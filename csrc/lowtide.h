@@ -14,7 +14,7 @@ extern "C" {
 
 #define LT_MAX_SLICES 4
 #define LT_MAX_FEATURES 64
-#define LT_ABI_VERSION 4
+#define LT_ABI_VERSION 5
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -91,6 +91,17 @@ typedef struct {
 } lt_stats;
 
 typedef struct lt_engine lt_engine;
+/* One text: a KV cache and what its last token read. It belongs to the engine that made it. */
+typedef struct lt_sequence lt_sequence;
+
+/* One token of one text. */
+typedef struct {
+  lt_sequence *sequence;
+  int64_t token, position;
+  const lt_policy *policy;
+  float *logits;                 /* f32 [vocab], or NULL */
+  lt_stats *stats;               /* or NULL */
+} lt_step;
 
 /* Names of the instruction sets this machine can run, best first, separated by commas. */
 const char *lt_available_isas(void);
@@ -100,21 +111,27 @@ lt_engine *lt_engine_new(const lt_model *model, int threads, const char *isa, ch
 void lt_engine_free(lt_engine *engine);
 const char *lt_engine_isa(const lt_engine *engine);
 
-/* One token through all layers. logits: f32 [vocab] or NULL. */
-void lt_decode(lt_engine *engine, int64_t token, int64_t position, const lt_policy *policy, float *logits,
-               lt_stats *stats);
+/* NULL where memory is lacking. Free sequences before their engine, or after it: they share nothing. */
+lt_sequence *lt_sequence_new(const lt_engine *engine);
+void lt_sequence_free(lt_sequence *sequence);
+
+/* One token of each of n different texts through all layers. Texts take turns group by group, so weights come out of
+ * memory once for those that fit the processor's cache; every text gets the bits that it would get alone. */
+void lt_decode(lt_engine *engine, const lt_step *steps, int64_t n);
 
 /* Many tokens at once, all slices read. logits: f32 [vocab] of the last token, or [n, vocab] if all_logits.
  * Returns 0, or 1 where memory for it was lacking. */
-int lt_prefill(lt_engine *engine, const int32_t *tokens, int64_t n, int64_t position, int all_logits, float *logits);
+int lt_prefill(lt_engine *engine, lt_sequence *sequence, const int32_t *tokens, int64_t n, int64_t position,
+               int all_logits, float *logits);
 
-/* Bits that the last token decoded read of each group, side data included: out i64 [layers * 4 + 1], the head last.
- * Returns their number. */
-int64_t lt_group_bits(const lt_engine *engine, int64_t *out);
+/* Bits that the text's last token decoded read of each group, side data included: out i64 [layers * 4 + 1], the head
+ * last. Returns their number. */
+int64_t lt_group_bits(const lt_sequence *sequence, int64_t *out);
 
 /* One group on one input, for tests: x f32 [in], y: one f32 [out] buffer per linear layer. Returns bits read. Under
- * LT_IPN a group without a probe uses the features of the last group that had one. */
-int64_t lt_group_product(lt_engine *engine, int64_t group, const float *x, const lt_policy *policy, float *const *y);
+ * LT_IPN a group without a probe uses the features of the sequence's last group that had one. */
+int64_t lt_group_product(lt_engine *engine, lt_sequence *sequence, int64_t group, const float *x,
+                         const lt_policy *policy, float *const *y);
 
 /* Bytes per second read from memory by the engine's threads: a probe to hold figures against. */
 double lt_read_bandwidth(lt_engine *engine, int64_t bytes, int repeats);

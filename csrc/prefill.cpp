@@ -66,7 +66,7 @@ void Engine::dense(int tid, int64_t group, const float *x, int64_t n, float *con
   pool_.barrier();
 }
 
-void Engine::prefill_chunk(int tid, const int32_t *tokens, int64_t n, int64_t position) {
+void Engine::prefill_chunk(int tid, Sequence &seq, const int32_t *tokens, int64_t n, int64_t position) {
   const lt_model &m = model_;
   const int64_t hd = m.head_dim, half = hd / 2, q_rows = m.heads * hd, kv_rows = m.kv_heads * hd;
   const int64_t per = m.heads / m.kv_heads, threads = pool_.size();
@@ -93,13 +93,13 @@ void Engine::prefill_chunk(int tid, const int32_t *tokens, int64_t n, int64_t po
       for (int64_t h = tid; h < m.kv_heads; h += threads) {
         float *kh = k + i * kv_rows + h * hd;
         k_.rope(kh, c, s, hd);
-        k_.store_kv(kh, v + i * kv_rows + h * hd, hd, position + i, cache(layer, h));
+        k_.store_kv(kh, v + i * kv_rows + h * hd, hd, position + i, seq.cache(layer, h));
       }
     }
     pool_.barrier();
     for (int64_t i = tid; i < n; i += threads)
       for (int64_t h = 0; h < m.kv_heads; ++h)
-        k_.attention(q + i * q_rows + h * per * hd, per, hd, cache(layer, h), position + i + 1,
+        k_.attention(q + i * q_rows + h * per * hd, per, hd, seq.cache(layer, h), position + i + 1,
                      workers_[tid].scratch.data(), pattended_.data() + i * q_rows + h * per * hd);
     pool_.barrier();
     float *const residual[1] = {px_.data()};
@@ -122,7 +122,7 @@ void Engine::head(int tid, int64_t first, int64_t n, float *logits) {
   dense(tid, head_group(), pnormed_.data() + first * model_.hidden, n, out, false);
 }
 
-void Engine::prefill(const int32_t *tokens, int64_t n, int64_t position, bool all_logits, float *logits) {
+void Engine::reserve_prefill() {
   const lt_model &m = model_;
   const int64_t q_rows = m.heads * m.head_dim, kv_rows = m.kv_heads * m.head_dim;
   int64_t max_in = 0;
@@ -144,12 +144,16 @@ void Engine::prefill(const int32_t *tokens, int64_t n, int64_t position, bool al
   phidden_.resize((size_t)(kChunk * m.intermediate));
   pcos_.resize((size_t)(kChunk * m.head_dim / 2));
   psin_.resize((size_t)(kChunk * m.head_dim / 2));
+}
+
+void Engine::prefill(Sequence &s, const int32_t *tokens, int64_t n, int64_t position, bool all_logits, float *logits) {
+  reserve_prefill();
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t count = std::min(kChunk, n - begin);
     pool_.run([&](int tid) {
-      prefill_chunk(tid, tokens + begin, count, position + begin);
+      prefill_chunk(tid, s, tokens + begin, count, position + begin);
       if (all_logits) {
-        head(tid, 0, count, logits + begin * m.vocab);
+        head(tid, 0, count, logits + begin * model_.vocab);
       } else if (begin + count == n) {
         head(tid, count - 1, 1, logits);
       }

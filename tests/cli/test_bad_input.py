@@ -218,7 +218,7 @@ class TestEval:
         (("frobnicate",), "No such command 'frobnicate'"),
         (("verify",), "Missing argument"),
         (("verify", "a", "--wat"), "No such option: --wat"),
-        (("generate", "a"), "Missing option '--prompt'"),
+        (("eval", "a"), "Missing option '--reference'"),
         (("generate", "a", "--prompt", "x", "-n", "many"), "'-n' / '--max-tokens': Input should be a valid integer"),
     ],
 )
@@ -282,3 +282,12 @@ def test_without_torch_the_upper_floor_says_what_to_install(artifact, tmp_path, 
     assert done.returncode == 2
     assert done.stderr == "lowtide: error: this command needs torch: pip install 'lowtide[compress]'\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_generate_wants_prompts(refused, artifact, tmp_path):
+    assert "nothing to continue: give --prompt TEXT or --prompts FILE" in refused("generate", artifact)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5}\n')
+    assert "p.jsonl: line 2" in refused("generate", artifact, "--prompts", tmp_path / "p.jsonl")
+    long = ["-p", "a", "-p", "x" * 99, "--bits", 5]
+    assert "prompt 2: the prompt has 99 tokens" in refused("generate", artifact, *long)
+    assert "--parallel 0" in refused("generate", artifact, *long[:4], "--parallel", 0)

@@ -84,6 +84,28 @@ def test_generate_streams_text_on_stdout_and_figures_on_stderr(cli, compressed):
     assert set(figures) >= {"prompt_tokens", "decode_tps", "prefill_tps", "bits_read_body", "bytes_read", "finish"}
 
 
+def test_generate_takes_several_prompts_at_once(cli, compressed, tmp_path):
+    """Each as it comes alone, in order; with --json one object a line."""
+    low, *_ = budgets(compressed)
+    args = ["-n", 6, "--bits", low, "--temperature", 1, "--context", 32]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "c", "seed": 9}\n\n{"prompt": "the d"}\n')
+    alone = [
+        json.loads(cli("generate", compressed, "-p", prompt, *args, "--seed", seed, "--json").stdout)
+        for prompt, seed in (("the", 5), ("a b", 5), ("c", 9), ("the d", 5))
+    ]
+    several = ["-p", "the", "-p", "a b", "--prompts", tmp_path / "p.jsonl", *args, "--seed", 5, "--parallel", 3]
+    rows = [json.loads(line) for line in cli("generate", compressed, *several, "--json").stdout.splitlines()]
+    assert [row.pop("prompt") for row in rows] == ["the", "a b", "c", "the d"]
+    for row, wanted in zip(rows, alone, strict=True):
+        assert row.keys() == wanted.keys()
+        for name in ("text", "bits", "tokens", "bits_read_body", "bytes_read", "finish"):
+            assert row[name] == wanted[name]
+    done = cli("generate", compressed, *several)
+    texts = [prompt + row["text"] for prompt, row in zip(("the", "a b", "c", "the d"), rows, strict=True)]
+    assert done.stdout == "\n\n".join(texts) + "\n"
+    assert f"[{sum(row['tokens'] for row in rows)} tokens, " in done.stderr
+
+
 def test_generate_dense_and_other_policies(cli, compressed):
     low, high, _ = budgets(compressed)
     figures = json.loads(cli("generate", compressed, "-p", "the", "--bits", "dense", "--json").stdout)

@@ -1,7 +1,7 @@
 // Do all instruction sets of this machine, with one, two and three threads, give the same bits?
 //
-// Random models of awkward shapes go through the C interface: group products under every mask rule, decode steps, and
-// prefill. Prints a checksum of all results, for builds on different machines to be compared with; exits with 1 if two
+// Random models of awkward shapes go through the C interface: group products under every mask rule, decode steps, several
+// texts at once, and prefill. Prints a checksum of all results, for builds on different machines to be compared with; exits with 1 if two
 // instruction sets or thread counts of this one disagree. Inputs are made of integers and of float operations that are
 // exact or correctly rounded, so every machine starts from the same bits.
 #include <cinttypes>
@@ -251,6 +251,7 @@ struct Results {
 };
 
 void group_products(lt_engine *engine, const Shape &shape, const Model &m, Results &results) {
+  lt_sequence *sequence = lt_sequence_new(engine);
   for (size_t i = 0; i < (size_t)(4 * shape.layers + 1); ++i)
     for (int64_t rule : kRules) {
       const Group &g = m.groups[i];
@@ -262,33 +263,66 @@ void group_products(lt_engine *engine, const Shape &shape, const Model &m, Resul
       std::vector<float *> to;
       for (auto &row : y) to.push_back(row.data());
       const Policy policy(rule, shape.layers);
-      results.add(lt_group_product(engine, (int64_t)i, x.data(), &policy.policy, to.data()));
+      results.add(lt_group_product(engine, sequence, (int64_t)i, x.data(), &policy.policy, to.data()));
       for (const auto &row : y) results.add(row.data(), (int64_t)row.size());
     }
+  lt_sequence_free(sequence);
 }
 
 // Decode, prefill what follows, decode on.
 void text(lt_engine *engine, const Shape &shape, Results &results) {
   Random random{7};
   std::vector<float> logits((size_t)(shape.prompt * shape.vocab));
+  lt_sequence *sequence = lt_sequence_new(engine);
   int64_t position = 0;
   const auto decode = [&](int64_t rule) {
     const Policy policy(rule, shape.layers);
     lt_stats stats;
-    lt_decode(engine, random.below(shape.vocab), position++, &policy.policy, logits.data(), &stats);
+    const lt_step step{sequence, random.below(shape.vocab), position++, &policy.policy, logits.data(), &stats};
+    lt_decode(engine, &step, 1);
     results.add(logits.data(), shape.vocab);
     for (int64_t count : {stats.body_bits, stats.head_bits, stats.embed_bits, stats.cache_bytes}) results.add(count);
     std::vector<int64_t> bits((size_t)(4 * shape.layers + 1));
-    lt_group_bits(engine, bits.data());
+    lt_group_bits(sequence, bits.data());
     for (int64_t count : bits) results.add(count);
   };
   for (int64_t rule : kRules) decode(rule);
   std::vector<int32_t> tokens;
   for (int64_t i = 0; i < shape.prompt; ++i) tokens.push_back((int32_t)random.below(shape.vocab));
-  lt_prefill(engine, tokens.data(), shape.prompt, position, 1, logits.data());
+  lt_prefill(engine, sequence, tokens.data(), shape.prompt, position, 1, logits.data());
   results.add(logits.data(), shape.prompt * shape.vocab);
   position += shape.prompt;
   for (int64_t rule : {LT_CHANNEL_NORM, LT_DENSE}) decode(rule);
+  lt_sequence_free(sequence);
+}
+
+// Several texts of different lengths, each under a rule of its own, decoded in rounds: the bits that each gets alone.
+bool rounds(lt_engine *engine, const Shape &shape) {
+  constexpr int64_t kTexts = 4, kTokens = 6;
+  const auto token = [&](int64_t i, int64_t position) { return (31 * i + 7 * position) % shape.vocab; };
+  std::vector<std::vector<float>> alone, together;
+  for (auto *logits : {&alone, &together}) {
+    std::vector<lt_sequence *> sequences;
+    std::vector<Policy> policies;
+    for (int64_t i = 0; i < kTexts; ++i) {
+      sequences.push_back(lt_sequence_new(engine));
+      policies.emplace_back(kRules[(i * 3 + 6) % 7], shape.layers);
+    }
+    std::vector<lt_step> steps;
+    for (int64_t p = 0; p < kTokens; ++p)
+      for (int64_t i = 0; i < kTexts; ++i) {
+        if (p + i < kTokens) {  // text i ends i tokens early
+          logits->emplace_back((size_t)shape.vocab);
+          steps.push_back({sequences[(size_t)i], token(i, p), p, &policies[(size_t)i].policy, logits->back().data(), nullptr});
+        }
+        if (logits == &alone || i == kTexts - 1) {
+          lt_decode(engine, steps.data(), (int64_t)steps.size());
+          steps.clear();
+        }
+      }
+    for (lt_sequence *s : sequences) lt_sequence_free(s);
+  }
+  return alone == together;
 }
 
 std::vector<std::string> instruction_sets() {
@@ -314,7 +348,9 @@ bool same(const Shape &shape, const Model &m, const std::string &isa, int thread
   Results results;
   group_products(engine, shape, m, results);
   text(engine, shape, results);
+  const bool apart = rounds(engine, shape);
   lt_engine_free(engine);
+  if (!apart) std::printf("%s, %s, %d threads: texts decoded together differ\n", shape.name, isa.c_str(), threads);
   if (first.words.empty()) first = results;
   if (!results.finite) std::printf("%s, %s, %d threads: results are not finite\n", shape.name, isa.c_str(), threads);
   size_t different = 0, where = 0;
@@ -323,7 +359,7 @@ bool same(const Shape &shape, const Model &m, const std::string &isa, int thread
   if (different)
     std::printf("%s, %s, %d threads: %zu of %zu values differ, first number %zu\n", shape.name, isa.c_str(), threads,
                 different, first.words.size(), where);
-  return results.finite && !different;
+  return results.finite && apart && !different;
 }
 
 }  // namespace

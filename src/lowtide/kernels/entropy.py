@@ -23,7 +23,7 @@ from lowtide.format.entropy import (
     copied_rows,
     read_copied_rows,
 )
-from lowtide.kernels import native
+from lowtide.kernels import library, native
 
 U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
@@ -38,7 +38,7 @@ MOST_STATE_BYTES = 64
 
 @cache
 def _library() -> ctypes.CDLL:
-    lib = native._library()
+    lib = library.library()
     lib.lt_entropy_chunk_channels.restype, lib.lt_entropy_chunk_channels.argtypes = _i64, [_i64, _i64]
     shared: list[Any] = [_i64, _i64, _i64, _pointer, _pointer]
     lib.lt_entropy_histogram.restype = None

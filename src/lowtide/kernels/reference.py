@@ -7,6 +7,7 @@ parameters.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from lowtide.format.codec import digit_planes
 from lowtide.kernels import reference_ops as ops
 from lowtide.kernels.native import SHORT_PROMPT
 from lowtide.kernels.reference_cache import CachedRows
+from lowtide.kernels.sequences import Step, check_round
 from lowtide.kernels.types import DecodeStats, PolicyParams
 from lowtide.rules import GroupStats, get_rule
 
@@ -37,7 +39,7 @@ HEAD_CHUNK = 64
 
 
 class ReferenceEngine:
-    """One sequence through an artifact, the numpy twin of `lowtide.kernels.native.Engine`.
+    """Texts through an artifact, the numpy twin of `lowtide.kernels.native.Engine`; a further text is an engine, too.
 
     Positions may be rewritten: decoding at `pos` makes the cache valid up to and with `pos`.
     """
@@ -72,11 +74,31 @@ class ReferenceEngine:
         ]
         self._final_norm = _f32(artifact.tensor("model.norm.weight"))
         self._cache_bits = cache_bits
-        self._keys = [CachedRows(c.num_kv_heads, c.head_dim, cache_bits) for _ in range(c.num_layers)]
-        self._values = [CachedRows(c.num_kv_heads, c.head_dim, cache_bits) for _ in range(c.num_layers)]
         total = sum(g.weights() * g.slices for g in self._groups.values())
         self._planes: dict[str, NDArray[np.uint8]] | None = {} if total <= PLANE_CACHE_BYTES else None
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty KV cache."""
+        c, bits = self.config, self._cache_bits
+        self._keys = [CachedRows(c.num_kv_heads, c.head_dim, bits) for _ in range(c.num_layers)]
+        self._values = [CachedRows(c.num_kv_heads, c.head_dim, bits) for _ in range(c.num_layers)]
         self._bits = np.zeros(4 * c.num_layers + 1, np.int64)
+
+    def sequence(self) -> ReferenceEngine:
+        """A further text: the same tensors, a KV cache of its own."""
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def decode_round(self, steps: Sequence[Step]) -> list[tuple[F32, DecodeStats]]:
+        """One token of each of several sequences, each by itself.
+
+        Raises:
+            LowtideError: as `decode`, or a sequence that comes twice.
+        """
+        check_round(steps)
+        return [step.sequence.decode(step.token, step.pos, step.policy, step.want_logits) for step in steps]
 
     def decode(self, token: int, pos: int, policy: PolicyParams, want_logits: bool = True) -> tuple[F32, DecodeStats]:
         """One token at position pos under a policy.

@@ -1,10 +1,9 @@
-"""Load an artifact and generate text from it."""
+"""Load an artifact and generate text from it, one at a time or several in rounds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,46 +13,13 @@ import numpy as np
 from lowtide.errors import LowtideError
 from lowtide.runtime import chat as chat_template
 from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, policy_params
+from lowtide.runtime.course import Completion, Course, GenerationStats, check_parallel, run_rounds, total
 from lowtide.runtime.sampling import Sampler
 from lowtide.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lowtide.format.reader import Artifact
     from lowtide.kernels.native import Engine
-
-
-@dataclass
-class GenerationStats:
-    """What the last generation did. Times hold engine and sampling, not the consumer of the stream.
-
-    Attributes:
-        prompt_tokens: tokens of the whole prompt.
-        reused_tokens: of these, tokens still in the cache from the turn before (chat).
-        tokens: tokens generated.
-        prefill_s, decode_s: seconds.
-        bits_read_body: mean bits read per weight and decoded token; 0 if none was decoded.
-        bytes_read: mean bytes read per decoded token, output head and KV cache included.
-        finish: "stop" (end-of-sequence token) or "length" (max_tokens or the context is full).
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    bits_read_body: float = 0.0
-    bytes_read: float = 0.0
-    finish: str = "length"
-
-    @property
-    def decode_tps(self) -> float:
-        """Tokens per second after the first one, which prefill gives."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s > 0 else 0.0
-
-    @property
-    def prefill_tps(self) -> float:
-        """Prompt tokens per second."""
-        return (self.prompt_tokens - self.reused_tokens) / self.prefill_s if self.prefill_s > 0 else 0.0
 
 
 def load(
@@ -143,6 +109,50 @@ class Model:
         sampler = Sampler(temperature, top_k, top_p, seed)
         return self._start(ids, max_tokens, sampler, self.controller(bits, policy), reuse=False)
 
+    def generate_many(
+        self,
+        prompts: Sequence[str],
+        max_tokens: int = 128,
+        bits: float | None = 3.0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None | Sequence[int | None] = None,
+        policy: str | None = None,
+        parallel: int = 4,
+    ) -> Iterator[Completion]:
+        """Continue several prompts, up to `parallel` at a time; each says what it says alone, bit for bit.
+
+        Every prompt has a KV cache, a sampler and a budget controller of its own. Decoding is per sequence: each token
+        reads what its own mask says. Texts take turns within every group of layers, so what one has read from memory
+        the next often finds in the processor's cache. `stats` becomes the sum or mean over all prompts.
+
+        Args:
+            prompts: texts, as in `generate`.
+            max_tokens, bits, temperature, top_k, top_p, policy: as in `generate`, the same for all.
+            seed: of every prompt's own sampler; a list has one for each prompt.
+            parallel: prompts at a time.
+
+        Returns:
+            an iterator over what came of the prompts, in their order, each as soon as it and all before it are done.
+
+        Raises:
+            LowtideError: as in `generate`, naming the prompt.
+        """
+        check_parallel(parallel)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise LowtideError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each, or one for all")
+        courses = []
+        for number, (prompt, own) in enumerate(zip(prompts, seeds, strict=True), start=1):
+            sampler, controller = Sampler(temperature, top_k, top_p, own), self.controller(bits, policy)
+            try:
+                courses.append(self._course(self.tokenizer.encode(prompt), max_tokens, sampler, controller))
+            except LowtideError as error:
+                raise LowtideError(f"prompt {number}: {error}" if len(prompts) > 1 else str(error)) from None
+        self._turn += 1
+        return self._run_many(prompts, courses, parallel, self._turn)
+
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -175,10 +185,12 @@ class Model:
         params = policy_params(self.artifact, policy, bits)
         return BudgetController(params, bits, self._weights, body_side_bits(self.artifact, params.rule))
 
-    def _start(
-        self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController, reuse: bool
-    ) -> Iterator[str]:
-        """Check everything before the first token is asked for, so that errors come from the call itself."""
+    def _course(self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController) -> Course:
+        """A text that has not begun.
+
+        Raises:
+            LowtideError: it cannot.
+        """
         if self._closed:
             raise LowtideError("this model is closed; load it again")
         if max_tokens < 1:
@@ -190,38 +202,43 @@ class Model:
             raise LowtideError(f"the prompt has {len(ids)} tokens, the context holds {room}; shorten it")
         if max(ids) >= self.engine.vocab_size:
             raise LowtideError("tokenizer.json has more tokens than the model; it belongs to another model")
-        self._turn += 1
-        return self._run(ids, max_tokens, sampler, controller, reuse, self._turn)
+        ends = self.artifact.config.eos_token_ids
+        return Course(ids, max_tokens, sampler, controller, self.tokenizer, ends, room)
 
-    def _run(
-        self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController, reuse: bool, turn: int
+    def _start(
+        self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController, reuse: bool
     ) -> Iterator[str]:
+        """Check everything before the first token is asked for, so that errors come from the call itself."""
+        course = self._course(ids, max_tokens, sampler, controller)
+        self._turn += 1
+        return self._run(course, reuse, self._turn)
+
+    def _run(self, course: Course, reuse: bool, turn: int) -> Iterator[str]:
         self._check_turn(turn)
-        stream, ends = self.tokenizer.stream(), self.artifact.config.eos_token_ids
-        stats = self.stats = GenerationStats(prompt_tokens=len(ids))
-        stats.reused_tokens = _common_prefix(self._cached, ids[:-1]) if reuse else 0
-        logits = self._prefill(ids, stats)
-        bytes_read = 0
+        stats = self.stats = course.stats
+        stats.reused_tokens = _common_prefix(self._cached, course.ids[:-1]) if reuse else 0
+        logits = self._prefill(course.ids, stats)
         while True:
-            started = time.perf_counter()
-            token = sampler.sample(logits)
-            stats.decode_s += time.perf_counter() - started
-            if token in ends:
-                stats.finish = "stop"
-                return
-            stats.tokens += 1
-            if text := stream.push(token):
+            if text := course.take(logits):
                 yield text
                 self._check_turn(turn)
-            if stats.tokens == max_tokens or len(self._cached) >= self.engine.max_context:
+            if course.finished:
                 return
             started = time.perf_counter()
-            logits, read = self.engine.decode(token, len(self._cached), controller.params)
-            stats.decode_s += time.perf_counter() - started
-            self._cached.append(token)
-            controller.update(read.body_bits)
-            bytes_read += read.bytes_read
-            stats.bits_read_body, stats.bytes_read = controller.mean_bits, bytes_read / controller.tokens
+            logits, read = self.engine.decode(course.token, course.position, course.controller.params)
+            self._cached.append(course.token)
+            course.account(read, time.perf_counter() - started)
+
+    def _run_many(
+        self, prompts: Sequence[str], courses: list[Course], parallel: int, turn: int
+    ) -> Iterator[Completion]:
+        self._check_turn(turn)
+        done: list[GenerationStats] = []
+        runs = run_rounds(self.engine, courses, parallel, lambda: self._check_turn(turn))
+        for prompt, (course, text) in zip(prompts, runs, strict=True):
+            done.append(course.stats)
+            self.stats = total(done)
+            yield Completion(prompt, text, course.stats)
 
     def _check_turn(self, turn: int) -> None:
         if self._closed or turn != self._turn:
