@@ -1,0 +1,136 @@
+"""benchmarks/rule_cost.py with a stand-in for perf: its arithmetic, its rows, and what it says where perf is not."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+from support.tiny import make_artifact
+
+from lowtide.errors import LowtideError
+from lowtide.kernels.native import available_isas
+
+LISTING = """
+        600;3;[.] lowtide_avx2::tiles
+        100;2;[.] lowtide_avx2::select
+         20;1;[.] lowtide::Engine::choose
+         30;1;[.] lowtide_avx2::probe_rows<4>
+         50;1;[.] __memmove_avx_unaligned_erms
+         40;1;[.] lowtide::Engine::product
+         10;1;[.] lowtide_avx2::largest
+        150;1;[.] _PyEval_EvalFrameDefault
+"""
+PERF = """
+    import os, sys
+    if sys.argv[1] == "report":
+        print({listing!r})
+        sys.exit()
+    if {refusal!r}:
+        sys.exit({refusal!r})
+    control = next(a for a in sys.argv if a.startswith("--control=fd:"))
+    orders, answers = (int(n) for n in control.removeprefix("--control=fd:").split(","))
+    for _ in range(2):
+        with open({log!r}, "a") as log:
+            log.write(os.read(orders, 16).decode())
+        os.write(answers, b"ack\\n\\0")
+"""
+
+
+@pytest.fixture
+def perf(tmp_path, monkeypatch):
+    """Puts a perf on the path, and nothing else; the file it gives has a line for each order."""
+
+    def make(listing=LISTING, refusal=""):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        code = textwrap.dedent(PERF).format(listing=listing, refusal=refusal, log=str(folder / "log"))
+        (folder / "perf").write_text(f"#!{sys.executable}\n{code}")
+        (folder / "perf").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return folder / "log"
+
+    return make
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    make_artifact(tmp_path / "tiny", policies=("channel-norm", "ipn"))
+    (tmp_path / "text").write_text("the end of the tide is there and then another one in the hand")
+    options = ["--text", str(tmp_path / "text"), "--tokens", "8", "--seconds", "0.01", "--rounds", "3"]
+    return [str(tmp_path / "tiny"), "--policy", "channel-norm,ipn", "--bits", "4.5,5.5", *options]
+
+
+def test_shares_are_those_of_all_periods(load):
+    found, samples = load("rule_cost").shares(LISTING)
+    assert found == {"masks": 0.12, "copies": 0.05, "network": 0.03, "coefficients": 0.01, "addresses": 0.04}
+    assert samples == 11
+
+
+@pytest.mark.parametrize(
+    ("symbol", "part"),
+    [
+        ("lowtide_avx512::select", "masks"),
+        ("lowtide::Engine::thresholds_of", "masks"),
+        ("lowtide_portable::scores", "masks"),
+        ("lowtide_neon::probe", "network"),
+        ("lowtide_avx512::waterline", "network"),
+        ("__memset_avx512_unaligned_erms", "copies"),
+        ("lowtide_avx2::emit_rest", "coefficients"),
+        ("lowtide_avx512::attend<3, unsigned short>", None),
+        ("lowtide_avx512::softmax", None),
+        ("_PyObject_SelectMemo", None),
+    ],
+)
+def test_functions_and_their_parts(load, symbol, part):
+    rule_cost = load("rule_cost")
+    found, _ = rule_cost.shares(f"1;1;[.] lowtide_x::select\n999;1;[.] {symbol}")
+    assert [name for name in rule_cost.PARTS if found[name] > 0.9] == ([part] if part else [])
+
+
+@pytest.mark.parametrize(("listing", "message"), [("", "saw nothing"), ("5;1;[.] 0x00001234", "is stripped")])
+def test_a_listing_that_says_nothing_is_refused(load, listing, message):
+    with pytest.raises(LowtideError, match=message):
+        load("rule_cost").shares(listing)
+
+
+def test_rows_of_every_rule_budget_and_instruction_set(load, perf, arguments, tmp_path, capsys):
+    log, isas = perf(), available_isas()[:2]
+    assert load("rule_cost").main([*arguments, "--isa", ",".join(isas), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    wanted = [(isa, rule, bits) for isa in isas for rule in ("channel-norm", "ipn") for bits in (4.5, 5.5)]
+    assert [(r["isa"], r["policy"], r["bits"]) for r in rows] == wanted
+    for row in rows:
+        assert row["share"] == row["share_low"] == row["share_high"] == pytest.approx(0.12 + 0.05 + 0.03)
+        assert row["rule_us"] == pytest.approx(0.2 * row["token_us"]) and 0 < row["token_us"] < 1e6
+        assert row["bits_read_body"] == pytest.approx(row["bits"], rel=0.1)
+        assert (row["rounds"], row["samples"]) == (3, 33)
+    assert log.read_text().splitlines() == ["enable", "disable"] * 3 * len(rows)
+    saved = json.loads((tmp_path / "results" / "rule-cost-tiny.json").read_text())
+    assert saved["rows"] == rows and saved["threads"] == 1 and saved["tokens"] == 8
+    assert "20.0 %" in (tmp_path / "results" / "rule-cost-tiny.md").read_text()
+    assert str(tmp_path) not in json.dumps(saved)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--isa", "abacus"], "abacus: not available"),
+        (["--policy", "gate"], "stores no thresholds"),
+        (["--tokens", "1000"], "--tokens 1000: "),
+        (["--text", "nowhere"], "nowhere: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(load, perf, arguments, capsys, more, message):
+    perf()
+    assert load("rule_cost").main([*arguments, *more]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("rule_cost: error: ") and message in said
+
+
+def test_without_perf_it_says_what_is_missing(load, perf, arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load("rule_cost").main(arguments) == 2
+    assert "perf: not found; install it" in capsys.readouterr().err
+    perf(refusal="Access to performance monitoring is limited")
+    assert load("rule_cost").main(arguments) == 2
+    assert "perf: Access to performance monitoring is limited; install it" in capsys.readouterr().err
