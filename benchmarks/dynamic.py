@@ -19,13 +19,14 @@ from pathlib import Path
 
 import common
 import dynamic_ablation
+import dynamic_hierarchy
 import dynamic_oracles
 import dynamic_rivals
 from dynamic_common import budgets, make_subject
 
 from lowtide.errors import LowtideError
 
-SECTIONS = {module.NAME: module for module in (dynamic_rivals, dynamic_ablation, dynamic_oracles)}
+SECTIONS = {module.NAME: module for module in (dynamic_rivals, dynamic_ablation, dynamic_hierarchy, dynamic_oracles)}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
