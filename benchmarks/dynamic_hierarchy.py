@@ -26,7 +26,9 @@ from lowtide.eval.rivals import (
     RivalModel,
     Tuner,
     measure,
+    settle,
 )
+from lowtide.eval.rivals.measure import WORST
 
 NAME = "hierarchy"
 SCORES = ("ipn", "channel-norm")
@@ -89,7 +91,8 @@ def _measured(
     began = time.monotonic()
     try:
         if name in HIERARCHIES:
-            plan, setting = tuner.tune(HIERARCHIES[name].fit(calibration, policy), bits)
+            fitted = HIERARCHIES[name].fit(calibration, policy)
+            plan, setting = tuner.tune(fitted, bits) if fitted.tried else (fitted.plan(bits), {})
             assert isinstance(plan, HierarchyPlan)
             found, extra = _judged(subject, calibration, plan, bits), {"setting": _words(setting)}
         else:
@@ -107,6 +110,7 @@ def _measured(
 
 
 def _judged(subject: Subject, calibration: Calibration, plan: HierarchyPlan, bits: float) -> Figures:
+    settle(calibration.model, plan, subject.ids[:2], bits, WORST)  # saves passes over all windows
     plan.costs.clear()
     return measure(calibration.model, plan, subject.ids, bits, calibration.params(bits)["head"], subject.reference)
 

@@ -131,6 +131,13 @@ def test_a_closed_layer_is_its_bias_and_reads_next_to_nothing(shared):
         assert plan.costs[0.0].closed == 5 * 4 and plan.costs[0.0].decisions == (20 if "layer" in steps else 5)
 
 
+def test_a_closed_layer_still_reads_the_network(shared):
+    for name in ("layers.0.qkv", "layers.1.o"):
+        group = shared.artifact.groups[name]
+        kept = [make(shared, policy, layer=1.0).side_bits(shared.model, name) for policy in ("channel-norm", "ipn")]
+        assert kept[1] - kept[0] == 8 * (group.ipn.side_bytes() - group.ipn.importance.nbytes) > 0
+
+
 def test_a_layer_closes_for_single_tokens(shared):
     x = inputs(shared.artifact, GATE_UP)
     x[2] = shared.model.groups[GATE_UP].stats.mean
