@@ -21,6 +21,16 @@ void set_offsets(Selection &s, const lt_group &g, const lt_linear &l) {
   if (n) std::fill(offset + n, offset + n + kAhead * kBlock, offset[n - 1]);
 }
 
+// In four lanes, which every compiler makes one instruction of.
+float largest_of(const float *x, int64_t n) {
+  float lane[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; ++k) lane[k] = x[i + k] > lane[k] ? x[i + k] : lane[k];
+  for (; i < n; ++i) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+  return std::max(std::max(lane[0], lane[1]), std::max(lane[2], lane[3]));
+}
+
 }  // namespace
 
 Share share_of(const lt_group &g, int tid, int threads) {
@@ -147,6 +157,37 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   }
 }
 
+// The largest logit of each of this thread's tiles of the head.
+void Engine::leading(int tid, Sequence &s, const float *logits) {
+  const lt_group &g = groups_[head_group()];
+  const Tiling t(g.linear[0].out);
+  const Share share = share_of(g, tid, pool_.size());
+  for (int64_t k = share.begin; k < share.end; ++k)
+    s.leading_[k] = largest_of(logits + t.first(k), t.rows(k));
+}
+
+// Reads tiles that hold leading candidates again, with the policy's own thresholds; the threads take turns, for
+// frequent tokens have neighbouring numbers.
+void Engine::refine(int tid, Sequence &s, const lt_step &step) {
+  const int64_t group = head_group(), coarse = s.bits_[group];
+  const lt_linear &l = groups_[group].linear[0];
+  const Tiling t(l.out);
+  Worker &w = workers_[tid];
+  const float least = largest_of(s.leading_.data(), t.count) - step.policy->head_margin;
+  int64_t found = 0, rows = 0;
+  for (int64_t k = 0; k < t.count; ++k) {
+    if (!(s.leading_[k] >= least)) continue;
+    if (!rows) {
+      choose(tid, s, group, w.normed.data(), *step.policy);
+      set_offsets(w.selection, groups_[group], l);
+    }
+    rows += t.rows(k);
+    if (found++ % pool_.size() == tid)
+      k_.tiles(groups_[group], l, w.selection, k, k + 1, false, w.acc.data(), step.logits + t.first(k));
+  }
+  if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
+}
+
 // Keys and values of this token go into the cache.
 void Engine::rotate(int tid, Sequence &s, int64_t layer, int64_t position) {
   const int64_t hd = model_.head_dim, threads = pool_.size();
@@ -218,11 +259,27 @@ void Engine::decode_thread(int tid, const lt_step *steps, int64_t n) {
       product(tid, group + kDown, residual, true);
     });
   }
+  const auto twice = [](const lt_step &step) {
+    return step.logits && step.policy->head_offset != 0 && step.policy->rule != LT_DENSE;
+  };
+  bool wait = false;
   each([&](const lt_step &step, Sequence &s) {
     if (!step.logits) return;
-    choose(tid, s, head_group(), normed(s, 2 * m.layers), *step.policy);
+    lt_policy policy = *step.policy;
+    if (twice(step)) policy.log2_offset += policy.head_offset;
+    choose(tid, s, head_group(), normed(s, 2 * m.layers), policy);
     float *const out[1] = {step.logits};
     product(tid, head_group(), out, false);
+    if (!twice(step)) return;
+    leading(tid, s, step.logits);
+    wait = true;
+  });
+  if (!wait) return;
+  pool_.barrier();
+  each([&](const lt_step &step, Sequence &s) {
+    if (!twice(step)) return;
+    normed(s, 2 * m.layers);
+    refine(tid, s, step);
   });
 }
 

@@ -24,6 +24,7 @@ Sequence::Sequence(const lt_model &m, int threads)
   cosine_.resize((size_t)(m.head_dim / 2));
   sine_.resize((size_t)(m.head_dim / 2));
   bits_.resize((size_t)(m.layers * 4 + 1));
+  leading_.resize((size_t)Tiling(m.vocab).count);
   features_.resize((size_t)threads);
 }
 

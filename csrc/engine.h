@@ -64,6 +64,7 @@ class Sequence {
   const int64_t positions_;                         // of the cache, a multiple of 16
   ZeroedMemory keys_, values_, key_scales_, value_scales_;
   std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
+  std::vector<float> leading_;                      // [tiles of the head] largest logit of each
   std::vector<int64_t> bits_;                       // [layers * 4 + 1] of the last token
   std::vector<Features> features_;                  // [threads] of the last probe: o and down use qkv's and gate_up's
 };
@@ -86,6 +87,8 @@ class Engine {
   void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
+  void leading(int tid, Sequence &s, const float *logits);
+  void refine(int tid, Sequence &s, const lt_step &step);
   void rotate(int tid, Sequence &s, int64_t layer, int64_t position);
   void attend(int tid, Sequence &s, int64_t layer, int64_t position);
   // prefill.cpp

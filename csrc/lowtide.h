@@ -14,7 +14,7 @@ extern "C" {
 
 #define LT_MAX_SLICES 4
 #define LT_MAX_FEATURES 64
-#define LT_ABI_VERSION 5
+#define LT_ABI_VERSION 6
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -81,6 +81,8 @@ typedef struct {
   const float *params;           /* [layers * 4 + 1, LT_MAX_SLICES]; the head's row comes last */
   double log2_offset;            /* thresholds are multiplied by 2^offset, counts divided, z-scores moved by it */
   const float *gains;            /* LT_IPN: [layers * 4 + 1], or null for zeros */
+  double head_offset;            /* not 0: the head is read twice, first with thresholds moved by this as well, then as */
+  float head_margin;             /* log2_offset says, in tiles whose largest logit is within this of the largest */
 } lt_policy;
 
 typedef struct {

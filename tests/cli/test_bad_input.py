@@ -160,6 +160,11 @@ def budget_line(refused, artifact, command, *options):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "bench"])
+def test_a_head_that_is_no_pair(refused, artifact, command):
+    assert "--head 3: give" in budget_line(refused, artifact, command, "--head", "3")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench"])
 def test_an_instruction_set_this_machine_lacks(refused, artifact, command, monkeypatch):
     line = refused(command, artifact, *READERS[command], "--isa", "sse9")
     assert "sse9: not available on this machine" in line

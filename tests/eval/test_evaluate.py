@@ -111,6 +111,13 @@ def test_a_full_read_is_nearly_the_dense_model(twins, text):
     assert point["ppl"] == pytest.approx(result["dense_ppl"], rel=0.01)
 
 
+def test_a_head_read_twice_reads_less_in_all_and_costs_a_little(twins, text):
+    once, twice = (run(twins, text, bits=[4.5], head=head)["points"][0] for head in ((0, 0), (1.5, 0.0)))
+    assert twice["bits_read_total"] < once["bits_read_total"]
+    assert twice["bits_read_body"] == once["bits_read_body"]
+    assert twice["kl"] != once["kl"]
+
+
 def test_points_do_not_disturb_each_other(twins, text):
     alone = run(twins, text, bits=[5.5])["points"][0]
     assert run(twins, text, bits=[4.2, 5.5, "dense"])["points"][1] == alone

@@ -155,10 +155,12 @@ def test_nothing_read_leaves_bias_outliers_and_exact_channels(artifact):
         np.testing.assert_allclose(outs[i], wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["channel-norm", "gate", "dense", "ipn"])
-def test_decode_is_the_reference(artifact, rule):
-    """Logits and bits of a text."""
-    tokens, chosen = random_tokens(artifact), policy(artifact, rule)
+@pytest.mark.parametrize("head", [(0, 0), (1, 0), (0.7, 0.4), (2, 1e6)])
+@pytest.mark.parametrize("rule", ["channel-norm", "gate", "topk", "dense", "ipn"])
+def test_decode_is_the_reference(artifact, rule, head):
+    """Logits and bits of a text, the head read once or twice."""
+    tokens = random_tokens(artifact, 21 if head == (0, 0) else 5)
+    chosen = dataclasses.replace(policy(artifact, rule), head_offset=head[0], head_margin=head[1])
     reference = ReferenceEngine(artifact)
     wanted, stats = reference.decode_many(tokens, 0, chosen)
     results = []

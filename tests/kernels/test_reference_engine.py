@@ -8,6 +8,7 @@ from support.tiny import DEFAULT, ODD, make_artifact
 from support.twin import make_twins
 
 from lowtide.errors import LowtideError
+from lowtide.format import codec
 from lowtide.format.reader import open_artifact
 from lowtide.kernels import reference_ops as ops
 from lowtide.kernels.native import SHORT_PROMPT
@@ -80,6 +81,39 @@ def test_short_prompts_are_decoded(twins):
     np.testing.assert_array_equal(engine.prefill(TOKENS[:SHORT_PROMPT], 0), want[-1])
     longer = engine.prefill(TOKENS[: SHORT_PROMPT + 1], 0, all_logits=True)
     assert np.abs(longer[0] - want[0]).max() > 0
+
+
+def head_bits(artifact, **head):
+    """Logits of a text, and what its last token read of the head."""
+    engine, chosen = ReferenceEngine(artifact), replace(policy_of(artifact), **head)
+    logits = [engine.decode(int(t), i, chosen)[0] for i, t in enumerate(TOKENS)]
+    return np.stack(logits), engine.group_bits()[-1]
+
+
+def test_a_head_read_twice_agrees_where_it_was_read_again(twins):
+    """Tiles with a leading candidate have the logits of a fine reading, the others those of a coarse one."""
+    artifact, _ = twins
+    fine, fine_bits = head_bits(artifact)
+    coarse, coarse_bits = head_bits(artifact, head_offset=1.0, head_margin=-1.0)
+    both, both_bits = head_bits(artifact, head_offset=1.0, head_margin=0.3)
+    assert coarse_bits < fine_bits
+    again = np.zeros(both.shape, bool)
+    for first, width in codec.tiles(both.shape[1]):
+        part = slice(first, first + width)
+        again[:, part] = (coarse[:, part].max(1) >= coarse.max(1) - np.float32(0.3))[:, None]
+    assert again.any() and not again.all()
+    np.testing.assert_array_equal(both, np.where(again, fine, coarse))
+    rows = again[-1].sum()
+    side = 8 * artifact.groups["head"].side_bytes()
+    assert both_bits == coarse_bits + (fine_bits - side) * rows // both.shape[1]
+
+
+def test_a_wide_margin_reads_the_whole_head_again(twins):
+    artifact, _ = twins
+    fine, fine_bits = head_bits(artifact)
+    both, both_bits = head_bits(artifact, head_offset=1.0, head_margin=1e6)
+    np.testing.assert_array_equal(both, fine)
+    assert both_bits > fine_bits
 
 
 def test_a_full_read_decodes_close_to_the_dense_prefill(twins):

@@ -231,7 +231,7 @@ struct Policy {
       params.push_back(rule == LT_TOPK ? count[s] : rule == LT_STATISTICAL_TOPK ? score[s] - 1 : score[s]);
     }
     for (int64_t i = 0; i <= layers * 4; ++i) gains.push_back(0.75f - 0.25f * (float)(i % 4));
-    policy = {rule, params.data(), rule == LT_CHANNEL_NORM ? 0.25 : 0.0, gains.data()};
+    policy = {rule, params.data(), rule == LT_CHANNEL_NORM ? 0.25 : 0.0, gains.data(), 0.5, 1.5f};  // the head twice
   }
 };
 

@@ -8,7 +8,15 @@ from support.tiny import make_artifact
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels.types import PolicyParams
-from lowtide.runtime.budget import BudgetController, _warn, body_side_bits, body_weights, parse_bits, policy_params
+from lowtide.runtime.budget import (
+    BudgetController,
+    _warn,
+    body_side_bits,
+    body_weights,
+    parse_bits,
+    parse_head,
+    policy_params,
+)
 
 POLICIES = ("channel-norm", "topk:0,4")
 
@@ -20,6 +28,19 @@ def artifact(tmp_path_factory):
 
 def stored(artifact, policy: int, budget: int) -> np.ndarray:
     return np.stack([group.thresholds[policy, budget] for name, group in artifact.groups.items() if name != "embed"])
+
+
+def test_parse_head():
+    assert parse_head(" Once ") == (0, 0)
+    assert parse_head("2.5,4") == (2.5, 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "twice", "2.5", "2.5,4,1", "0,4", "-1,4", "2,-1", "nan,1", "1,nan", "9,1", "1,inf"]
+)
+def test_a_wrong_head_is_told_in_one_line(text):
+    with pytest.raises(LowtideError, match=r"--head .*OFFSET,MARGIN"):
+        parse_head(text)
 
 
 def test_parse_bits():

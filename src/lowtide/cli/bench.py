@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, BitsList, Isa, Json, Policy, parse_bits_list
+from lowtide.cli.options import Artifact, BitsList, Head, Isa, Json, Policy, parse_bits_list
 
 
 def bench(
@@ -19,6 +19,7 @@ def bench(
     threads: Annotated[int, typer.Option("-t", "--threads", help="Worker threads.")] = 2,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Measured runs.")] = 5,
     policy: Policy = None,
+    head: Head = "once",
     isa: Isa = None,
     json: Json = False,
 ) -> None:
@@ -33,9 +34,18 @@ def bench(
     """
     from lowtide.cli.output import bits_label, print_json, print_table
     from lowtide.runtime.bench import bench as measure
+    from lowtide.runtime.budget import parse_head
 
     result = measure(
-        artifact, parse_bits_list(bits), prompt_tokens, max_tokens, threads, repetitions, policy=policy, isa=isa
+        artifact,
+        parse_bits_list(bits),
+        prompt_tokens,
+        max_tokens,
+        threads,
+        repetitions,
+        policy=policy,
+        isa=isa,
+        head=parse_head(head),
     )
     if json:
         print_json(result)

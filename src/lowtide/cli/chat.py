@@ -12,6 +12,7 @@ from lowtide.cli.options import (
     Bits,
     CacheBits,
     Context,
+    Head,
     Isa,
     MaxTokens,
     Policy,
@@ -33,6 +34,7 @@ def chat(
     top_p: TopP = 0.95,
     seed: Seed = None,
     policy: Policy = None,
+    head: Head = "once",
     threads: Threads = None,
     isa: Isa = None,
     context: Context = None,
@@ -47,13 +49,13 @@ def chat(
       lowtide chat smollm2.lowtide --bits 3.5
       echo "What is a tide?" | lowtide chat smollm2.lowtide --temperature 0
     """
-    from lowtide.runtime.budget import parse_bits
+    from lowtide.runtime.budget import parse_bits, parse_head
     from lowtide.runtime.model import load
 
     budget = parse_bits(bits)
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    with load(artifact, threads=threads, isa=isa, context=context, cache_bits=cache_bits) as model:
+    with load(artifact, threads, isa, context, cache_bits, head=parse_head(head)) as model:
         while (line := _read_line()) is not None:
             if line == "/clear":
                 messages = list(opening)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, BitsList, CacheBits, Isa, Json, Multiplier, Policy, Threads, parse_bits_list
+from lowtide.cli.options import (
+    Artifact,
+    BitsList,
+    CacheBits,
+    Head,
+    Isa,
+    Json,
+    Multiplier,
+    Policy,
+    Threads,
+    parse_bits_list,
+)
 
 
 def evaluate(
@@ -19,6 +30,7 @@ def evaluate(
     bits: BitsList = "2.5,3,3.5",
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the begin-of-sequence token.")] = False,
     policy: Policy = None,
+    head: Head = "once",
     threads: Threads = None,
     isa: Isa = None,
     cache_bits: CacheBits = 16,
@@ -38,6 +50,7 @@ def evaluate(
 
     from lowtide.cli.output import bits_label, print_json, print_table
     from lowtide.eval import evaluate as measure
+    from lowtide.runtime.budget import parse_head
 
     result = measure(
         artifact,
@@ -47,6 +60,7 @@ def evaluate(
         window=window,
         bits=parse_bits_list(bits),
         policy=policy,
+        head=parse_head(head),
         threads=threads,
         isa=isa,
         cache_bits=cache_bits,

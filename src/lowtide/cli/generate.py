@@ -16,6 +16,7 @@ from lowtide.cli.options import (
     Bits,
     CacheBits,
     Context,
+    Head,
     Isa,
     Json,
     MaxTokens,
@@ -48,6 +49,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     policy: Policy = None,
+    head: Head = "once",
     threads: Threads = None,
     isa: Isa = None,
     context: Context = None,
@@ -69,13 +71,13 @@ def generate(
       lowtide generate smollm2.lowtide --prompts questions.jsonl --parallel 8 --json
     """
     from lowtide.cli.output import print_json
-    from lowtide.runtime.budget import parse_bits
+    from lowtide.runtime.budget import parse_bits, parse_head
     from lowtide.runtime.model import load
 
     budget = parse_bits(bits)
     label = "dense" if budget is None else budget
     texts, seeds = _prompts(prompt or [], prompts, seed)
-    with load(artifact, threads, isa, context, cache_bits, importance_multiplier) as model:
+    with load(artifact, threads, isa, context, cache_bits, importance_multiplier, parse_head(head)) as model:
         if len(texts) > 1 or prompts:
             many = model.generate_many(texts, max_tokens, budget, temperature, top_k, top_p, seeds, policy, parallel)
             _print_many(many, label, json)

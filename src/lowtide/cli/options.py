@@ -19,6 +19,14 @@ Policy: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Mask rule that the artifact stores, e.g. channel-norm or topk:0,4. [default: its first]"),
 ]
+Head: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        metavar="OFFSET,MARGIN",
+        help="Read the output head twice: all rows with thresholds 2^OFFSET higher, then those within MARGIN nats of "
+        'the likeliest as the budget says (2.5,4 reads half as much). "once" reads all as the budget says.',
+    ),
+]
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", "-t", help="Worker threads. [default: all cores]")]
 Isa: TypeAlias = Annotated[
     str | None,

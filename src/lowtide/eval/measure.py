@@ -79,6 +79,7 @@ def evaluate(
     cache_bits: int = 16,
     bos: bool = False,
     importance_multiplier: float = 0.0,
+    head: tuple[float, float] = (0.0, 0.0),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure an artifact against the model it was made from.
@@ -99,6 +100,7 @@ def evaluate(
         cache_bits: bits of cached keys and values, 16 or 8.
         bos: begin every window with the model's begin-of-sequence token.
         importance_multiplier: power of the columns' importance that multiplies the weights (runtime/multiplier.py).
+        head: how the output head is read, (0, 0) once, else twice: see `lowtide.runtime.budget.parse_head`.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -114,7 +116,7 @@ def evaluate(
     opened = with_importance(opened, importance_multiplier)
     source = open_source(reference) if isinstance(reference, (str, Path)) else reference
     check_same_model(opened, source)
-    points = [_point(opened, policy, b) for b in bits]
+    points = [_point(opened, policy, b, head) for b in bits]
     if not points:
         raise LowtideError("--bits: give at least one budget")
     if window > opened.config.max_position:
@@ -170,9 +172,11 @@ def all_weights(artifact: Artifact) -> int:
     return sum(spec.weights for spec in group_specs(artifact.config))
 
 
-def _point(artifact: Artifact, policy: str | None, bits: float | str | None) -> _Point:
+def _point(
+    artifact: Artifact, policy: str | None, bits: float | str | None, head: tuple[float, float] = (0.0, 0.0)
+) -> _Point:
     target = parse_bits(bits) if isinstance(bits, str) else bits
-    params = policy_params(artifact, policy, target)
+    params = policy_params(artifact, policy, target, head)
     return _Point(
         target, BudgetController(params, target, body_weights(artifact), body_side_bits(artifact, params.rule))
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowtide.errors import LowtideError
 from lowtide.format.groups import LINEAR_FIELDS
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_SLICES = 4
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -48,7 +48,10 @@ class Model(ctypes.Structure):
 
 
 class Policy(ctypes.Structure):
-    _fields_ = [("rule", _i64), ("params", _pointer), ("log2_offset", ctypes.c_double), ("gains", _pointer)]
+    _fields_ = [
+        *(("rule", _i64), ("params", _pointer), ("log2_offset", ctypes.c_double), ("gains", _pointer)),
+        *(("head_offset", ctypes.c_double), ("head_margin", ctypes.c_float)),
+    ]
 
 
 class Stats(ctypes.Structure):

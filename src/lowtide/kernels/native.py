@@ -302,7 +302,8 @@ class Engine:
             if gains.shape != (groups,):
                 raise LowtideError(f"gains must have shape ({groups},), not {gains.shape}")
         keep = [params, gains]
-        return library.Policy(RULES[policy.rule], params.ctypes.data, policy.log2_offset, gains.ctypes.data), keep
+        fields = (params.ctypes.data, policy.log2_offset, gains.ctypes.data, policy.head_offset, policy.head_margin)
+        return library.Policy(RULES[policy.rule], *fields), keep
 
     def _describe(self, artifact: Artifact) -> library.Model:
         c = artifact.config

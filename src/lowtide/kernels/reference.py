@@ -125,9 +125,9 @@ class ReferenceEngine:
         for start in range(0, len(x) if want_logits else 0, HEAD_CHUNK):
             rows = slice(start, start + HEAD_CHUNK)
             head = _Masked(self, policy, len(x[rows]))
-            logits[rows] = head(4 * self.config.num_layers, "head", x[rows], None)[0]
+            logits[rows] = head.head(x[rows])
             head_bits[rows] += head.bits
-            self._bits[-1] = head.last[-1]
+            self._bits[-1] = head.bits[-1]
         c, scales = self.config, 8 if self._cache_bits == 8 else 0  # bytes of a key's and a value's scale
         per_position = c.num_layers * c.num_kv_heads * (c.head_dim * self._cache_bits // 4 + scales)
         stats = []
@@ -262,16 +262,35 @@ class _Masked:
         self._features: F32 | None = None
 
     def __call__(self, index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
-        group, stats = self.engine.group(name)
-        found = self.rule.features(stats, x)
-        self._features = self._features if found is None else found
-        gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])
-        params = self.rule.shift(self.policy.thresholds[index], self.policy.log2_offset)
-        levels = self.rule.levels(stats, x, self.rule.waterline(stats, params, self._features, gain), gate)
+        group, _ = self.engine.group(name)
+        levels = self._levels(index, name, x, gate, self.policy.log2_offset)
         bits = ops.group_bits(group, levels, self.rule.name == "ipn")
         self.bits += bits
         self.last[index] = bits[-1]
         return [ops.graded_linear(group, m, self.engine.digits(group, m), x, levels) for m in group.linears]
+
+    def head(self, x: F32) -> F32:
+        """Logits f32 [n, V] of what the head reads f32 [n, D]."""
+        if not self.policy.head_twice:
+            return self(-1, "head", x, None)[0]
+        group, _ = self.engine.group("head")
+        linear, planes = group.linears[0], self.engine.digits(group, group.linears[0])
+        offset = self.policy.log2_offset
+        coarse = self._levels(-1, "head", x, None, offset + self.policy.head_offset)
+        fine = self._levels(-1, "head", x, None, offset)
+        logits = ops.graded_linear(group, linear, planes, x, coarse)
+        again = ops.leading_rows(logits, self.policy.head_margin)
+        self.bits += ops.group_bits(group, coarse, self.rule.name == "ipn")
+        self.bits += 2 * fine.sum(axis=-1, dtype=np.int64) * again.sum(axis=-1)
+        return np.where(again, ops.graded_linear(group, linear, planes, x, fine), logits)
+
+    def _levels(self, index: int, name: str, x: F32, gate: F32 | None, offset: float) -> NDArray[np.int32]:
+        _, stats = self.engine.group(name)
+        found = self.rule.features(stats, x)
+        self._features = self._features if found is None else found
+        gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])
+        params = self.rule.shift(self.policy.thresholds[index], offset)
+        return np.asarray(self.rule.levels(stats, x, self.rule.waterline(stats, params, self._features, gain), gate))
 
 
 def _f32(tensor: NDArray[np.generic]) -> F32:

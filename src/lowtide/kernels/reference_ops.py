@@ -272,6 +272,19 @@ def dense_linear(group: GroupTensors, index: int, x: F32) -> F32:
     return _finish(group, linear, y * np.float32(4.0 ** (1 - slices)), a, outliers_first=True)
 
 
+def leading_rows(logits: F32, margin: float) -> NDArray[np.bool_]:
+    """Which rows of the head are read again: those of tiles with a logit within `margin` of the largest.
+
+    logits: f32 [n, V] -> bool [n, V]. A tile of 256 or 64 rows is one cache line of each channel.
+    """
+    least = logits.max(axis=-1, keepdims=True) - np.float32(margin)
+    again = np.zeros(logits.shape, np.bool_)
+    for first, width in tiles(logits.shape[-1]):
+        part = slice(first, first + width)
+        again[:, part] = logits[:, part].max(axis=-1, keepdims=True) >= least
+    return again
+
+
 def embedding_row(group: GroupTensors, token: int) -> F32:
     """The embedding f32 [in] of a token: row `token` of the group's only member, all slices read."""
     linear, slices = group.linears[0], group.slices

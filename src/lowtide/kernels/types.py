@@ -18,6 +18,9 @@ class PolicyParams:
             then head.
         gains: f32 [groups] for the rule `ipn`, how far a token moves each group's thresholds (0 for the head); None: 0.
         bits: the budget they are made for, bits per weight, if it is not the one asked for.
+        head_offset, head_margin: how the head is read. An offset other than 0: twice, all rows with thresholds that are
+            moved by head_offset as well (higher reads less), then, as `thresholds` say, the tiles of rows that hold a
+            logit within head_margin nats of the largest.
         log2_offset: how far the budget controller has moved them (`Rule.shift`); higher reads less.
     """
 
@@ -26,6 +29,13 @@ class PolicyParams:
     log2_offset: float = 0.0
     gains: NDArray[np.float32] | None = None
     bits: float | None = None
+    head_offset: float = 0.0
+    head_margin: float = 0.0
+
+    @property
+    def head_twice(self) -> bool:
+        """Whether the head is read coarsely first and then in part again."""
+        return self.head_offset != 0 and self.rule != "dense"
 
 
 @dataclass(frozen=True)

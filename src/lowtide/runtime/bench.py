@@ -44,6 +44,7 @@ def bench(
     policy: str | None = None,
     isa: str | None = None,
     seed: int = 0,
+    head: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, Any]:
     """Measure prefill and decode.
 
@@ -58,7 +59,7 @@ def bench(
         max_tokens: tokens decoded per repetition, from an empty context.
         threads: worker threads; None lets the engine choose.
         repetitions: measured runs.
-        policy, isa: as in `lowtide.load` and `Model.generate`.
+        policy, isa, head: as in `lowtide.load` and `Model.generate`.
         seed: of the texts.
 
     Returns:
@@ -74,7 +75,7 @@ def bench(
         if value < 1:
             raise LowtideError(f"{name} {value}: must be 1 or more")
     started = time.perf_counter()
-    with load(artifact, threads=threads, isa=isa) as model:
+    with load(artifact, threads=threads, isa=isa, head=head) as model:
         load_s = time.perf_counter() - started
         points = [_Point(b, model.controller(b, policy)) for b in bits]
         room = model.engine.max_context

@@ -47,6 +47,26 @@ def parse_bits(text: str) -> float | None:
     return bits
 
 
+def parse_head(text: str) -> tuple[float, float]:
+    """A `--head` value, "once" or "OFFSET,MARGIN": (log2 offset of the first pass, margin in nats), (0, 0) for once.
+
+    Raises:
+        LowtideError: neither of them.
+    """
+    if text.strip().lower() == "once":
+        return 0.0, 0.0
+    try:
+        offset, margin = (float(part) for part in text.split(","))
+    except ValueError:
+        offset = margin = float("nan")
+    if not (0 < offset <= MAX_OFFSET and 0 <= margin < math.inf):
+        raise LowtideError(
+            f'--head {text}: give "once", or OFFSET,MARGIN such as 2.5,4: log2 of how much higher the first pass\'s '
+            f"thresholds are, up to {MAX_OFFSET:g}, and nats"
+        )
+    return offset, margin
+
+
 def body_weights(artifact: Artifact) -> int:
     """Weights in the decoder's linear layers (head and embedding left out): what budgets are counted per."""
     return sum(g.weights() for name, g in artifact.groups.items() if name not in ("head", "embed"))
@@ -61,7 +81,9 @@ def body_side_bits(artifact: Artifact, rule: str = "") -> int:
     return sum(8 * g.side_bytes(rule == "ipn") for g in body)
 
 
-def policy_params(artifact: Artifact, policy: str | None, bits: float | None) -> PolicyParams:
+def policy_params(
+    artifact: Artifact, policy: str | None, bits: float | None, head: tuple[float, float] = (0.0, 0.0)
+) -> PolicyParams:
     """Thresholds of `policy` at a budget.
 
     Args:
@@ -69,6 +91,7 @@ def policy_params(artifact: Artifact, policy: str | None, bits: float | None) ->
         policy: one of `artifact.manifest.policies` (`rule` or `rule:levels`), or "dense"; None takes the first stored.
         bits: target for bits_read_body, in bits per weight; None reads everything. Under the rule `ipn` a target
             outside the range that it was trained for is moved to the range's end, and a line on stderr says so.
+        head: how the output head is read, see `parse_head` and `PolicyParams`.
 
     Returns:
         PolicyParams with thresholds f32 [layers * 4 + 1, S], the head's row last; for `ipn` also gains
@@ -104,6 +127,8 @@ def policy_params(artifact: Artifact, policy: str | None, bits: float | None) ->
         np.stack(rows),
         gains=np.array(gains, np.float32) if rule.name == "ipn" else None,
         bits=None if bits == asked else bits,
+        head_offset=head[0],
+        head_margin=head[1],
     )
 
 

@@ -29,6 +29,7 @@ def load(
     context: int | None = None,
     cache_bits: int = 16,
     importance_multiplier: float = 0.0,
+    head: tuple[float, float] = (0.0, 0.0),
 ) -> Model:
     """Open an artifact and make it ready to generate.
 
@@ -39,6 +40,7 @@ def load(
         context: tokens that the KV cache holds; None takes the model's own maximum, at most 4096.
         cache_bits: bits of cached keys and values: 16, or 8 for half the memory.
         importance_multiplier: power of the columns' importance that multiplies the weights (runtime/multiplier.py).
+        head: how the output head is read: (0, 0) once, (log2 offset, margin in nats) twice (`PolicyParams`).
 
     Raises:
         LowtideError: the artifact is broken, has no tokenizer, or an option does not fit this machine.
@@ -50,7 +52,7 @@ def load(
     artifact = with_importance(open_artifact(path), importance_multiplier)
     tokenizer = load_tokenizer(artifact)
     engine = Engine(artifact, threads=threads, isa=isa, max_context=context, cache_bits=cache_bits)
-    return Model(artifact, engine, tokenizer)
+    return Model(artifact, engine, tokenizer, head)
 
 
 def load_tokenizer(artifact: Artifact) -> Tokenizer:
@@ -69,8 +71,11 @@ def load_tokenizer(artifact: Artifact) -> Tokenizer:
 class Model:
     """An open artifact with its engine, tokenizer and KV cache. One generation runs at a time."""
 
-    def __init__(self, artifact: Artifact, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, artifact: Artifact, engine: Engine, tokenizer: Tokenizer, head: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
         self.artifact, self.engine, self.tokenizer = artifact, engine, tokenizer
+        self._head = head
         self.stats = GenerationStats()
         """Figures of the last generation; complete once its stream has ended."""
         self._weights = body_weights(artifact)
@@ -182,7 +187,7 @@ class Model:
 
     def controller(self, bits: float | None, policy: str | None = None) -> BudgetController:
         """A fresh budget controller for this artifact (see `BudgetController`)."""
-        params = policy_params(self.artifact, policy, bits)
+        params = policy_params(self.artifact, policy, bits, self._head)
         return BudgetController(params, bits, self._weights, body_side_bits(self.artifact, params.rule))
 
     def _course(self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController) -> Course:
