@@ -139,6 +139,17 @@ def test_bench_gives_the_promised_json(cli, compressed):
     assert result["isa"] in table
 
 
+def test_preload_changes_nothing_but_the_memory(cli, compressed):
+    low, *_ = budgets(compressed)
+    args = ["generate", compressed, "-p", "the", "-n", 5, "--bits", low]
+    assert cli(*args, "--preload").stdout == cli(*args).stdout
+    args = ["chat", compressed, "--bits", low, "-n", 4, "--temperature", 0]
+    assert cli(*args, "--preload", stdin="hi\n").stdout == cli(*args, stdin="hi\n").stdout
+    args = ["bench", compressed, "--bits", low, "-p", 4, "-n", 2, "-t", 1, "-r", 1]
+    assert json.loads(cli(*args, "--preload", "--json").stdout)["preload_bytes"] > 0
+    assert ", memory " in cli(*args).stdout
+
+
 def test_bench_runs_on_the_instruction_set_that_is_asked_for(cli, compressed, monkeypatch):
     args = ["bench", compressed, "--bits", "dense", "-p", 4, "-n", 2, "-r", 1, "--json"]
     assert json.loads(cli(*args, "--isa", "portable").stdout)["isa"] == "portable"

@@ -32,8 +32,8 @@ def policies(artifact):
     cuts = np.tile(np.array([0.15, 0.5, 1.1], np.float32), (rows, 1))
     return [
         PolicyParams("ipn", cuts, 0.0, gains),
-        PolicyParams("channel-norm", cuts, -0.5),
-        PolicyParams("gate", cuts),
+        PolicyParams("channel-norm", cuts, -0.5, head_offset=1.5, head_margin=1.0),
+        PolicyParams("gate", cuts, head_offset=1.0, head_margin=0.5),
         PolicyParams("ipn", 2 * cuts, 0.25, -gains),
     ]
 

@@ -1,5 +1,8 @@
 """Sampling: greedy, cut-offs, repeatability, and the distribution it draws from."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -73,3 +76,12 @@ def test_logits_that_are_no_numbers_are_refused(broken, temperature):
 def test_options_out_of_range_are_named(options, named):
     with pytest.raises(LowtideError, match=named):
         Sampler(**options)
+
+
+def test_greedy_choices_load_no_random_numbers():
+    code = (
+        "import sys, numpy as np; from lowtide.runtime.sampling import Sampler; s = Sampler(); "
+        "assert s.sample(np.array([0.0, 2, 1])) == 1; print('numpy.random' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

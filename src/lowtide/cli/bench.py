@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowtide.cli.options import Artifact, BitsList, Head, Isa, Json, Policy, parse_bits_list
+from lowtide.cli.options import Artifact, BitsList, Head, Isa, Json, Policy, Preload, parse_bits_list
 
 
 def bench(
@@ -21,6 +21,7 @@ def bench(
     policy: Policy = None,
     head: Head = "once",
     isa: Isa = None,
+    preload: Preload = False,
     json: Json = False,
 ) -> None:
     """Measure prefill and decode speed, as llama-bench does.
@@ -45,6 +46,7 @@ def bench(
         repetitions,
         policy=policy,
         isa=isa,
+        preload=preload,
         head=parse_head(head),
     )
     if json:
@@ -73,5 +75,6 @@ def bench(
     )
     print(
         f"{result['isa']}, {result['threads']} threads, {result['repetitions']} repetitions; "
-        f"loaded in {result['load_s']:.2f} s, peak memory {result['peak_rss_bytes'] / 1e6:.0f} MB"
+        f"loaded in {result['load_s']:.2f} s, memory {result['rss_bytes'] / 1e6:.0f} MB, at most "
+        f"{result['peak_rss_bytes'] / 1e6:.0f} MB"
     )

@@ -16,6 +16,7 @@ from lowtide.cli.options import (
     Isa,
     MaxTokens,
     Policy,
+    Preload,
     Seed,
     Temperature,
     Threads,
@@ -39,6 +40,7 @@ def chat(
     isa: Isa = None,
     context: Context = None,
     cache_bits: CacheBits = 16,
+    preload: Preload = False,
 ) -> None:
     """Talk with the model, one message per line.
 
@@ -56,6 +58,8 @@ def chat(
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     with load(artifact, threads, isa, context, cache_bits, head=parse_head(head)) as model:
+        if preload:
+            model.preload(budget, policy)
         while (line := _read_line()) is not None:
             if line == "/clear":
                 messages = list(opening)

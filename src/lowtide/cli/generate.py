@@ -22,6 +22,7 @@ from lowtide.cli.options import (
     MaxTokens,
     Multiplier,
     Policy,
+    Preload,
     Seed,
     Temperature,
     Threads,
@@ -56,6 +57,7 @@ def generate(
     cache_bits: CacheBits = 16,
     importance_multiplier: Multiplier = 0.0,
     parallel: Annotated[int, typer.Option(help="Prompts decoded in turns, each with a KV cache of its own.")] = 4,
+    preload: Preload = False,
     json: Json = False,
 ) -> None:
     """Continue a text, token by token, or several.
@@ -78,6 +80,8 @@ def generate(
     label = "dense" if budget is None else budget
     texts, seeds = _prompts(prompt or [], prompts, seed)
     with load(artifact, threads, isa, context, cache_bits, importance_multiplier, parse_head(head)) as model:
+        if preload:
+            model.preload(budget, policy)
         if len(texts) > 1 or prompts:
             many = model.generate_many(texts, max_tokens, budget, temperature, top_k, top_p, seeds, policy, parallel)
             _print_many(many, label, json)

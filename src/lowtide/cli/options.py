@@ -38,6 +38,9 @@ Context: TypeAlias = Annotated[
 CacheBits: TypeAlias = Annotated[
     int, typer.Option(help="Bits of cached keys and values: 16, or 8 for half the memory.")
 ]
+Preload: TypeAlias = Annotated[
+    bool, typer.Option("--preload", help="Read what the budget may read into memory before the first token.")
+]
 Multiplier: TypeAlias = Annotated[
     float, typer.Option(help="Multiply weights by their columns' importance to this power.", metavar="POWER")
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 
 from lowtide.errors import LowtideError
 from lowtide.runtime.budget import BudgetController
+from lowtide.runtime.memory import peak_rss_bytes, rss_bytes
 from lowtide.runtime.model import Model, load
 from lowtide.runtime.sampling import Sampler
 
@@ -45,6 +45,7 @@ def bench(
     isa: str | None = None,
     seed: int = 0,
     head: tuple[float, float] = (0.0, 0.0),
+    preload: bool = False,
 ) -> dict[str, Any]:
     """Measure prefill and decode.
 
@@ -61,11 +62,13 @@ def bench(
         repetitions: measured runs.
         policy, isa, head: as in `lowtide.load` and `Model.generate`.
         seed: of the texts.
+        preload: read what the budgets may read into memory first (`Model.preload`); it counts as loading.
 
     Returns:
         {"points": [{"bits" (number or "dense"), "bits_read_body", "decode_tps", "decode_tps_sd", "prefill_tps",
         "prefill_tps_sd", "bytes_read_per_token", "gb_per_s"}], "prompt_tokens", "max_tokens", "repetitions",
-        "load_s", "peak_rss_bytes", "isa", "threads"}. Prefill reads all stored bits, so it is measured once for
+        "load_s", "preload_bytes" (0 without), "rss_bytes" (resident at the end), "peak_rss_bytes", "isa", "threads"}.
+        Prefill reads all stored bits, so it is measured once for
         all budgets. Deviations are those of the sample (0 for one repetition).
 
     Raises:
@@ -76,6 +79,7 @@ def bench(
             raise LowtideError(f"{name} {value}: must be 1 or more")
     started = time.perf_counter()
     with load(artifact, threads=threads, isa=isa, head=head) as model:
+        preloaded = max((model.preload(b, policy) for b in bits), default=0) if preload else 0
         load_s = time.perf_counter() - started
         points = [_Point(b, model.controller(b, policy)) for b in bits]
         room = model.engine.max_context
@@ -90,6 +94,8 @@ def bench(
             "max_tokens": max_tokens,
             "repetitions": repetitions,
             "load_s": load_s,
+            "preload_bytes": preloaded,
+            "rss_bytes": rss_bytes(),
             "peak_rss_bytes": peak_rss_bytes(),
             "isa": model.engine.isa,
             "threads": model.engine.threads,
@@ -162,24 +168,3 @@ def _figures(point: _Point, prefill_tps: list[float]) -> dict[str, Any]:
 
 def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def peak_rss_bytes() -> int:
-    """Most resident memory this process has had, in bytes.
-
-    Linux tells it in VmHWM. getrusage is the way elsewhere; on Linux it would count the parent's
-    memory from before exec.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -14,6 +14,7 @@ from lowtide.errors import LowtideError
 from lowtide.runtime import chat as chat_template
 from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, policy_params
 from lowtide.runtime.course import Completion, Course, GenerationStats, check_parallel, run_rounds, total
+from lowtide.runtime.memory import give_back_unused
 from lowtide.runtime.sampling import Sampler
 from lowtide.runtime.tokenizer import Tokenizer
 
@@ -51,6 +52,7 @@ def load(
 
     artifact = with_importance(open_artifact(path), importance_multiplier)
     tokenizer = load_tokenizer(artifact)
+    give_back_unused()  # making a tokenizer takes twice the memory that it keeps
     engine = Engine(artifact, threads=threads, isa=isa, max_context=context, cache_bits=cache_bits)
     return Model(artifact, engine, tokenizer, head)
 
@@ -189,6 +191,18 @@ class Model:
         """A fresh budget controller for this artifact (see `BudgetController`)."""
         params = policy_params(self.artifact, policy, bits, self._head)
         return BudgetController(params, bits, self._weights, body_side_bits(self.artifact, params.rule))
+
+    def preload(self, bits: float | None = 3.0, policy: str | None = None) -> int:
+        """Read into memory what generating at this budget may read of the artifact, and nothing else; returns bytes.
+
+        Prompts are read with all stored bits, so that is every slice (`runtime.preload.readable` says more).
+
+        Raises:
+            LowtideError: as `generate` for these options.
+        """
+        from lowtide.runtime.preload import preload
+
+        return preload(self.artifact, policy_params(self.artifact, policy, bits))
 
     def _course(self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController) -> Course:
         """A text that has not begun.

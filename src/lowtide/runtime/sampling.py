@@ -32,7 +32,8 @@ class Sampler:
         if seed is not None and seed < 0:
             raise LowtideError(f"--seed {seed}: must be 0 or more")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
+        self._random: np.random.Generator | None = None  # greedy choices need none, and numpy.random takes time to load
 
     def sample(self, logits: np.ndarray) -> int:
         """One token id out of logits f32 [V]; ties go to the lowest id.
@@ -46,6 +47,8 @@ class Sampler:
         if self.temperature == 0 or self.top_k == 1:
             return best
         ids, probability = self._kept((logits.astype(np.float64) - float(logits[best])) / self.temperature)
+        if self._random is None:
+            self._random = np.random.default_rng(self._seed)
         cumulative = np.cumsum(probability)
         place = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(ids[min(place, len(ids) - 1)])

@@ -38,15 +38,17 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         try:
-            text = tokenizer_json.decode()
-            self._backend = Backend.from_str(text)
-            spec = json.loads(text)
+            self._backend = Backend.from_str(tokenizer_json.decode())
+            # The file itself is not parsed a second time: its vocabulary is most of it, and of what a start takes.
+            added = self._backend.get_added_tokens_decoder()
+            decoder = self._backend.decoder
+            steps = None if decoder is None else json.loads(decoder.__getstate__())
         except Exception as error:  # the library raises plain Exception for every fault of the file
             raise LowtideError(f"tokenizer.json: the tokenizers library does not read it ({error})") from error
         self.config = _config(config_json)
-        self._special = {t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
-        self._added = {t["id"]: t["content"] for t in spec.get("added_tokens", [])}
-        self._steps = _decoder_steps(spec.get("decoder"))
+        self._special = {token for token, entry in added.items() if entry.special}
+        self._added = {token: entry.content for token, entry in added.items()}
+        self._steps = _decoder_steps(steps)
         self._alphabet = byte_level_alphabet()
         self._bos = bos_token_id
 
