@@ -10,13 +10,12 @@ the function it is in. The functions of the engine are separate symbols, hence s
 cold or warm as they are. One thread; every case decodes the same text under its own budget controller; cases take turns
 and shares are medians over the rounds, with the lowest and the highest beside them.
 
-scores, masks: thresholds, scores, comparing, and the lists of what is read. copies: libc's copying and filling, all of
-it, because those lists use it. network: probes and waterlines of the rule `ipn`. Their sum is the share. On top come
-coefficients, the inputs in 8 bits, which a product without masks would need as well (as far as the compiler left them a
-function of their own; what it merged with the masks counts as masks), and addresses, the lists turned into addresses of
-weights, with the loop over tiles. Microseconds are the thread's processor time, so other programs on the machine
-stretch them less than a clock's. Needs `perf` and a library with its symbols (CMake's own build has them; a wheel's may
-be stripped).
+scores, masks: thresholds, scores, comparing, lists of what is read, which rows of the head lead, and the coefficients:
+the inputs in 8 bits, which a product without masks would need as well, but which the compiler merges with the rest.
+copies: libc's copying and filling, all of it, because those lists use it. network: probes and waterlines of the rule
+`ipn`. Their sum is the share. addresses, on top: the lists turned into addresses of weights, and the loop over tiles.
+Microseconds are the thread's processor time, so other programs on the machine stretch them less than a clock's. Needs
+`perf` and a library with its symbols (CMake's own build has them; a wheel's may be stripped).
 """
 
 from __future__ import annotations
@@ -45,16 +44,15 @@ from lowtide.runtime.budget import BudgetController
 from lowtide.runtime.model import Model, load
 
 TEXT = Path(__file__).parents[1] / "examples" / "harbour.txt"
+MASKS = "select|choose|thresholds_of|scores|leading|refine|largest_of|make_classes|range_of|emit|emit_rest|largest"
 PARTS = {
-    "masks": re.compile(r"lowtide.*::(select\w*|choose|thresholds_of|scores)\b"),
+    "masks": re.compile(rf"lowtide.*::({MASKS})\b"),
     "copies": re.compile(r"\W*_*mem(move|cpy|set)"),
     "network": re.compile(r"lowtide.*::(probe\w*|waterline)\b"),
-    "coefficients": re.compile(r"lowtide.*::(make_classes|emit\w*|range_of|largest|magnitudes)\b"),
-    "addresses": re.compile(r"lowtide::Engine::product\b"),
+    "addresses": re.compile(r"lowtide.*::(set_offsets|Engine::product)\b"),
 }
 SHARE = ("masks", "copies", "network")
-BESIDES = ("coefficients", "addresses")
-COLUMNS = ("rule", "isa", "bits", "read", "scores, masks", "copies", "network", "share", "rounds", *BESIDES, "token")
+COLUMNS = ("rule", "isa", "bits", "read", "scores, masks", "copies", "network", "share", "rounds", "addresses", "token")
 NEED = "install it (package linux-perf or linux-tools), and allow it: kernel.perf_event_paranoid must be 2 or less"
 
 
@@ -243,8 +241,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         spread = f"{100 * row['share_low']:.1f} to {100 * row['share_high']:.1f}"
         shown = [f"{100 * row[name]:.1f} %" for name in (*SHARE, "share")]
-        more = [spread, *(f"{100 * row[name]:.1f} %" for name in BESIDES)]
-        more.append(f"{row['rule_us']:.0f} of {row['token_us']:.0f} us")
+        more = [spread, f"{100 * row['addresses']:.1f} %", f"{row['rule_us']:.0f} of {row['token_us']:.0f} us"]
         about = [row["policy"], row["isa"], f"{row['bits']:g}", f"{row['bits_read_body']:.3f}"]
         lines.append([*about, *shown, *more])
     return common.markdown(COLUMNS, lines)
