@@ -52,6 +52,25 @@ Share share_of(const lt_group &g, int tid, int threads) {
   return share;
 }
 
+bool shares_entries(const lt_group &g, int threads) {
+  if (threads == 1 || threads > kMaxSharers) return false;
+  bool cut = false;
+  int64_t unit = 0;
+  for (int64_t i = 0; i < g.linear_count; ++i) {
+    const Tiling t(g.linear[i].out);
+    if (t.count > kPassTiles) return false;
+    for (int tid = 0; tid < threads; ++tid) {
+      const Share share = share_of(g, tid, threads);
+      const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
+      if (begin >= end || (begin == 0 && end == t.count)) continue;
+      const int64_t bytes = t.byte_offset(end - 1) + t.width(end - 1) / 4 - t.byte_offset(begin);
+      cut = cut || bytes < kShortRun;
+    }
+    unit += t.count;
+  }
+  return cut;
+}
+
 // The rule turns its parameters into thresholds on a score; a null score means |x - mean| * the rule's importance.
 void Engine::thresholds_of(int tid, Sequence &seq, int64_t row, const float *x, const lt_policy &policy, float *out,
                            const float **score) {
@@ -141,6 +160,7 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
 
 // This thread's tiles of every linear layer of the group.
 void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
+  if (by_entries_[group]) return share_entries(tid, group, y, accumulate);
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
   const Share share = share_of(g, tid, pool_.size());
@@ -154,6 +174,36 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
     set_offsets(w.selection, g, l);
     for (int64_t k = begin; k < end; k += kPassTiles)
       k_.tiles(g, l, w.selection, k, std::min(end, k + kPassTiles), accumulate, w.acc.data(), y[i] + t.first(k));
+  }
+}
+
+// The same, but every thread reads whole runs of its part of the channels, and then adds up all threads' sums for its
+// tiles. Sums lie in two buffers in turn: a thread may begin the next product while another still adds up this one.
+void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumulate) {
+  const lt_group &g = groups_[group];
+  const int threads = pool_.size();
+  Worker &w = workers_[tid];
+  const int turn = w.turn;
+  w.turn ^= 1;
+  w.selection.keep(tid, threads);
+  int32_t *to = w.sums(turn);
+  for (int64_t i = 0; i < g.linear_count; ++i) {
+    set_offsets(w.selection, g, g.linear[i]);
+    k_.partial(g.linear[i], w.selection, to);
+    to += g.slices * Tiling(g.linear[i].out).count * 256;
+  }
+  pool_.barrier();
+  const Share share = share_of(g, tid, threads);
+  int64_t unit = 0, place = 0;
+  for (int64_t i = 0; i < g.linear_count; ++i) {
+    const lt_linear &l = g.linear[i];
+    const Tiling t(l.out);
+    const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
+    const int32_t *sums[kMaxSharers];
+    for (int p = 0; p < threads; ++p) sums[p] = workers_[p].sums(turn) + place;
+    if (begin < end) k_.combine(g, l, w.selection, begin, end, accumulate, sums, threads, y[i] + t.first(begin));
+    unit += t.count;
+    place += g.slices * t.count * 256;
   }
 }
 

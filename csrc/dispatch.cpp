@@ -44,4 +44,18 @@ void Selection::reserve(int64_t max_in) {
   offset.resize(entries + kAhead * kBlock);
 }
 
+void Selection::keep(int part, int parts) {
+  int64_t to = 0;
+  for (int k = 0; k < slices; ++k) {
+    const int64_t first = class_begin[k], quads = (class_begin[k + 1] - first) / 4;
+    const int64_t begin = first + quads * part / parts * 4, n = first + quads * (part + 1) / parts * 4 - begin;
+    class_begin[k] = to;
+    std::memmove(channel.data() + to, channel.data() + begin, (size_t)n * sizeof channel[0]);
+    std::memmove(slice.data() + to, slice.data() + begin, (size_t)n);
+    std::memmove(coef.data() + to, coef.data() + begin, (size_t)n);
+    to += n;
+  }
+  class_begin[slices] = to;
+}
+
 }  // namespace lowtide

@@ -51,8 +51,16 @@ Engine::Engine(const lt_model &model, int threads, const Kernels *kernels)
   int64_t max_in = 0;
   for (const lt_group &g : groups_) max_in = std::max(max_in, g.in);
   ones_.assign((size_t)m.intermediate, 1.0f);
+  int64_t sums = 0;  // of the largest group whose entries are shared out
+  for (const lt_group &g : groups_) {
+    by_entries_.push_back(shares_entries(g, threads));
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < g.linear_count; ++i) tiles += Tiling(g.linear[i].out).count;
+    if (by_entries_.back()) sums = std::max(sums, g.slices * tiles * 256);
+  }
   for (Worker &w : workers_) {
     w.selection.reserve(max_in);
+    for (auto &buffer : w.partial) buffer.resize(sums ? (size_t)sums + 16 : 0);
     w.normed.resize((size_t)m.hidden);
     w.hidden.resize((size_t)m.intermediate);
     w.scratch.resize((size_t)(4 * ((m.max_context + 15) / 16 * 16)));

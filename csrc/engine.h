@@ -1,5 +1,6 @@
 // The decoder: state, the step for one token of each of several texts, and prefill.
 #pragma once
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -40,6 +41,11 @@ struct Worker {
   Selection selection;
   std::vector<float> normed;     // [hidden]
   std::vector<float> hidden;     // [intermediate] activated FFN neurons
+  std::vector<int32_t> partial[2];  // digit sums of this thread's entries, for two products in turn; 64 bytes to align
+  int turn = 0;
+  int32_t *sums(int which) {
+    return (int32_t *)(((uintptr_t)partial[which].data() + 63) / 64 * 64);
+  }
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
   std::vector<float> scratch;    // attention scores
   AlignedPanel panel;            // prefill: unpacked weights
@@ -87,6 +93,7 @@ class Engine {
   void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
+  void share_entries(int tid, int64_t group, float *const *y, bool accumulate);
   void leading(int tid, Sequence &s, const float *logits);
   void refine(int tid, Sequence &s, const lt_step &step);
   void rotate(int tid, Sequence &s, int64_t layer, int64_t position);
@@ -111,6 +118,7 @@ class Engine {
   Pool pool_;
   std::vector<Worker> workers_;
   std::vector<float> ones_;                         // [intermediate]
+  std::vector<char> by_entries_;                    // [groups] whether threads share out entries and not rows
   // Prefill buffers, [chunk, ...]
   std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
   std::vector<int8_t> pquantised_;
@@ -122,6 +130,11 @@ struct Share {
   int64_t begin, end;
 };
 Share share_of(const lt_group &g, int tid, int threads);
+
+// Threads share out the entries of matrices whose runs they would cut to pieces shorter than this, in bytes.
+constexpr int64_t kShortRun = 256;
+constexpr int kMaxSharers = 64;
+bool shares_entries(const lt_group &g, int threads);
 
 constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a multiple of 16
 inline int64_t blocks_of(int64_t in) { return (in + kDepth - 1) / kDepth; }

@@ -39,6 +39,7 @@ struct Selection {
   float class_scale[LT_MAX_SLICES] = {};              // S_k
   int32_t class_sum[LT_MAX_SLICES] = {};              // sum of the coefficients, each times its slice's centre
   void reserve(int64_t max_in);
+  void keep(int part, int parts);  // leaves this part of every class' entries; scales and sums stay those of all
   int64_t read_levels() const {                       // sum over channels of the level
     int64_t n = 0;
     for (int l = 1; l <= slices; ++l) n += l * level_count[l];
@@ -67,6 +68,12 @@ struct Kernels {
   // s.offset must hold this matrix' offsets; acc is scratch, i32 [kPassTiles * 256].
   void (*tiles)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end, bool accumulate,
                 int32_t *acc, float *y);
+  // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).
+  // First the digit sums of the entries in s, acc i32 [slices, tiles * 256]; s.offset must hold this matrix' offsets.
+  void (*partial)(const lt_linear &l, const Selection &s, int32_t *acc);
+  // Then tiles [begin, end) from the sums of all threads, which are whole numbers: their order makes no difference.
+  void (*combine)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
+                  bool accumulate, const int32_t *const *sums, int threads, float *y);
   void (*rmsnorm)(const float *x, const float *gain, int64_t n, float eps, float *y);
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*add)(const float *x, int64_t n, float *y);

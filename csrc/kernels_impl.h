@@ -92,46 +92,93 @@ static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t til
   }
 }
 
+static int64_t ahead_of(int64_t bytes) {
+  const int64_t ahead = kAheadBytes / (bytes * kBlock) + 1;
+  return (ahead < kAhead ? ahead : kAhead) * kBlock;
+}
+
+// sum [rows] += class k's digit sums of `width` rows, scaled.
+static void add_class(const Selection &s, int k, const int32_t *rows, int64_t width, float *sum) {
+  const i32x16 shift = splat_int(s.class_sum[k]);
+  const f32x16 scale = splat(s.class_scale[k]);
+  for (int64_t r = 0; r < width; r += 16) {
+    i32x16 v;
+    std::memcpy(&v, rows + r, 64);
+    store(sum + r, load(sum + r) + __builtin_convertvector(2 * v - shift, f32x16) * scale);
+  }
+}
+
+// Everything after the digits for tiles [begin, end), whose sums lie one after the other in `sum`.
+static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
+                        bool accumulate, float *sum, float *y) {
+  const Tiling t(l.out);
+  for (int64_t i = begin; i < end; ++i) {
+    scale_and_correct(g, l, i, s.a.data(), nullptr, 0, sum);
+    float *to = y + t.first(i) - t.first(begin);
+    if (accumulate) {
+      add(sum, t.rows(i), to);
+    } else {
+      std::memcpy(to, sum, (size_t)t.rows(i) * 4);
+    }
+    sum += t.width(i);
+  }
+}
+
 static void tiles(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
                   bool accumulate, int32_t *acc, float *y) {
   const Tiling t(l.out);
   const int64_t wide = (end < t.wide ? end : t.wide) - begin > 0 ? (end < t.wide ? end : t.wide) - begin : 0;
   const int64_t narrow = end - begin - wide, bytes = wide * 64 + narrow * 16;
   const uint8_t *base = l.weight + t.byte_offset(begin);
-  int64_t ahead = kAheadBytes / (bytes * kBlock) + 1;
-  if (ahead > kAhead) ahead = kAhead;
   alignas(64) float sum[lowtide::kPassTiles * 256];
   std::memset(sum, 0, (size_t)bytes * 16);
   for (int k = 0; k < s.slices; ++k) {
     const int64_t first = s.class_begin[k], n = s.class_begin[k + 1] - first;
     if (!n) continue;
-    digits(base, s.offset.data() + first, s.coef.data() + first, n, ahead * kBlock, wide, narrow, acc);
-    const i32x16 shift = splat_int(s.class_sum[k]);
-    const f32x16 scale = splat(s.class_scale[k]);
+    digits(base, s.offset.data() + first, s.coef.data() + first, n, ahead_of(bytes), wide, narrow, acc);
     float *to = sum;
     for (int64_t i = 0; i < end - begin; ++i) {
       const int64_t width = i < wide ? 256 : 64;
       alignas(64) int32_t rows[256];
       in_order(acc, i, wide, rows);
-      for (int64_t r = 0; r < width; r += 16) {
-        i32x16 v;
-        std::memcpy(&v, rows + r, 64);
-        store(to + r, load(to + r) + __builtin_convertvector(2 * v - shift, f32x16) * scale);
-      }
+      add_class(s, k, rows, width, to);
       to += width;
     }
   }
-  float *from = sum;
-  for (int64_t i = begin; i < end; ++i) {
-    scale_and_correct(g, l, i, s.a.data(), nullptr, 0, from);
-    float *to = y + t.first(i) - t.first(begin);
-    if (accumulate) {
-      add(from, t.rows(i), to);
-    } else {
-      std::memcpy(to, from, (size_t)t.rows(i) * 4);
-    }
-    from += t.width(i);
+  write_tiles(g, l, s, begin, end, accumulate, sum, y);
+}
+
+static void partial(const lt_linear &l, const Selection &s, int32_t *acc) {
+  const Tiling t(l.out);
+  for (int k = 0; k < s.slices; ++k, acc += t.count * 256) {
+    if (s.class_scale[k] == 0) continue;  // empty in all parts
+    const int64_t first = s.class_begin[k], n = s.class_begin[k + 1] - first;
+    digits(l.weight, s.offset.data() + first, s.coef.data() + first, n, ahead_of(t.run_bytes()), t.wide,
+           t.count - t.wide, acc);
   }
+}
+
+static void combine(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
+                    bool accumulate, const int32_t *const *sums, int threads, float *y) {
+  const Tiling t(l.out);
+  alignas(64) float sum[lowtide::kPassTiles * 256];
+  float *to = sum;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t width = t.width(i);
+    std::memset(to, 0, (size_t)width * 4);
+    for (int k = 0; k < s.slices; ++k) {
+      if (s.class_scale[k] == 0) continue;
+      alignas(64) int32_t rows[256], more[256];
+      in_order(sums[0] + k * t.count * 256, i, t.wide, rows);
+      for (int p = 1; p < threads; ++p) {
+        in_order(sums[p] + k * t.count * 256, i, t.wide, more);
+        for (int64_t r = 0; r < width; ++r) rows[r] += more[r];
+      }
+      add_class(s, k, rows, width, to);
+    }
+    to += width;
+  }
+  write_tiles(g, l, s, begin, end, accumulate, sum, y);
 }
 
 static float sum(const void *p, int64_t bytes) {
@@ -147,7 +194,7 @@ static float sum(const void *p, int64_t bytes) {
   return (float)all[0];
 }
 
-static const Kernels kTable = {LT_NAME,  select,    scores,   probe, waterline, tiles,  rmsnorm,          swiglu,            add,
+static const Kernels kTable = {LT_NAME,  select,    scores,   probe, waterline, tiles, partial, combine, rmsnorm,          swiglu,            add,
                                rope,     attention, store_kv, embed, quantise,  unpack, multiply, outliers_of_many,
                                scale_and_correct, sum};
 
