@@ -11,8 +11,8 @@ importance v_j, so that one number per part is read in place of one per channel.
 `factor * t_1`, t_1 being the waterline of the lowest level; a factor of 0 closes nothing but silent parts. Rules are
 those of `lowtide.rules.base` with one score, `|a_j| v_j lift`; lift is the token's factor (2^(gain o) under `ipn`).
 
-Functions are pure and run on numpy and torch. Nothing here pays on the models measured (docs/dynamic.md), so no engine
-runs it; `lowtide.eval.rivals.hierarchy` measures it.
+Functions are pure and run on numpy and torch. Coarse steps lose more than they spare buys elsewhere (docs/dynamic.md),
+so no engine runs them; `lowtide.eval.rivals.hierarchy` measures them.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ HIERARCHIES: dict[str, Hierarchical] = {
         Hierarchical("channel > weight", Steps(weight=0.25), weight=(0.25, 0.5)),
         Hierarchical("levels of the layer before, every other", Steps(share="levels")),
         Hierarchical("levels of the layer before, all layers", Steps(share="levels ahead")),
-        Hierarchical("|x| of the layer before, every other", Steps(share="input")),
-        Hierarchical("|x| of the layer before, all layers", Steps(share="input ahead")),
-        Hierarchical("|x| of qkv for gate_up", Steps(share="within")),
+        Hierarchical("input of the layer before, every other", Steps(share="input")),
+        Hierarchical("input of the layer before, all layers", Steps(share="input ahead")),
+        Hierarchical("input of qkv for gate_up", Steps(share="within")),
     )
 }
