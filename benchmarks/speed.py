@@ -33,7 +33,7 @@ from speed_measure import Subject, blocks_of, measure_block
 from lowtide.errors import LowtideError
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.kernels.native import available_isas
-from lowtide.runtime.budget import parse_bits
+from lowtide.runtime.budget import parse_bits, parse_head
 from lowtide.runtime.model import load_tokenizer
 
 QUICK = "smol"
@@ -56,6 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bits", default="2.5,3,3.5,4", help='budgets; "dense" reads everything')
     add("--match", action="store_true", help="add the lowest budget that is as good as each type; needs KL")
     add("--policy", help="mask rule that the artifacts store; their first by default")
+    add("--head", default="once", help="how lowtide reads the output head, as for `lowtide generate`")
     add("--cache-bits", type=int, default=16, help="bits of lowtide's keys and values, 16 or 8; llama.cpp has 16")
     add("--kl-text", help="held-out text; without it and KL.json the KL column is empty")
     add("--windows", type=int, default=2)
@@ -92,7 +93,7 @@ def check(options: argparse.Namespace) -> None:
     """Everything that can be refused before anything is measured; parses budgets in place.
 
     Raises:
-        LowtideError: budgets, instruction sets or --match without KL.
+        LowtideError: budgets, --head, instruction sets or --match without KL.
     """
     budgets = [parse_bits(b) for b in options.bits.split(",")]
     options.bits = ["dense" if b is None else b for b in budgets]
@@ -100,6 +101,7 @@ def check(options: argparse.Namespace) -> None:
     if len(halves) != 2 or None in halves:
         raise LowtideError("--halve: give two budgets, e.g. 4,2")
     options.halve = halves
+    parse_head(options.head)
     have = available_isas()
     for isa in options.isas:
         if isa not in have:
@@ -168,6 +170,8 @@ def measure_model(model: str, options: argparse.Namespace) -> tuple[list[dict[st
     texts = texts_of(artifact, options)
     files = {kind: path_of(kind) for kind in dict.fromkeys(k.partition("+")[0] for k in kinds)}
     quality: FromFile | Measured | None = None
+    if kl_file and options.head != "once":
+        raise LowtideError("--head: KL.json has the figures of a head read once; measure with --kl-text")
     if kl_file:
         quality = FromFile(kl_file, policy)
     elif options.kl_text:
@@ -221,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         "windows",
         "window",
         "cache_bits",
+        "head",
     )
     figures = {
         "model": ", ".join(names),

@@ -57,7 +57,7 @@ class Measured:
 
     Args:
         artifact, gguf: the model, compressed and as F16.
-        options: kl_text, windows, window, work, threads, policy, cache_bits, llama_python of `speed.py`.
+        options: kl_text, windows, window, work, threads, policy, cache_bits, head, llama_python of `speed.py`.
         path_of: file of a llama.cpp type, made if needed.
     """
 
@@ -84,6 +84,7 @@ class Measured:
         """KL at a budget."""
         if bits not in self._known:
             import lowtide
+            from lowtide.runtime.budget import parse_head
 
             common.note(f"KL at {bits} bits")
             evaluate: Any = lowtide.evaluate
@@ -97,6 +98,7 @@ class Measured:
                 policy=self._options.policy,
                 threads=self._options.threads[-1],
                 cache_bits=self._options.cache_bits,
+                head=parse_head(self._options.head),
             )
             self._known[bits] = result["points"][0]["kl"]
         return self._known[bits]

@@ -141,7 +141,7 @@ def open_team(subject: Subject, block: Block, options: argparse.Namespace, stack
     """Starts the processes and opens the model in each."""
     context = max(block.prefill, max(c for _, c in block.cases) + block.tokens)
     ours = stack.enter_context(peers.Worker("lowtide", script=SCRIPT))
-    settings = {"isa": block.isa, "policy": options.policy, "cache_bits": options.cache_bits}
+    settings = {"isa": block.isa, "policy": options.policy, "cache_bits": options.cache_bits, "head": options.head}
     reply = ours("open", path=str(subject.path), threads=block.threads, context=context, **settings)
     isas, version, theirs = {"lowtide": reply["isa"]}, "", {}
     for kind in subject.kinds:
@@ -157,7 +157,7 @@ def measure_starts(subject: Subject, block: Block, options: argparse.Namespace) 
     """First token and memory of every setting, by its label."""
     common.note(f"{subject.name}, threads {block.threads}, {block.isa or 'best instruction set'}: starts")
     context = min(START_CONTEXT, subject.config.max_position)
-    wanted = {"isa": block.isa, "policy": options.policy, "cache-bits": options.cache_bits}
+    wanted = {"isa": block.isa, "policy": options.policy, "cache-bits": options.cache_bits, "head": options.head}
     starters = {
         label(b): speed_start.lowtide_starter(subject.path, b, block.threads, context, START_TOKENS, START_TEXT, wanted)
         for b in subject.bits

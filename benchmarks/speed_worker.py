@@ -101,13 +101,21 @@ class Lowtide(worker.Lowtide):
     """lowtide's native engine: all budgets in one process, each with a controller of its own that keeps running."""
 
     def open(  # type: ignore[override]
-        self, path: str, threads: int, context: int, isa: str | None, policy: str | None, cache_bits: int
+        self,
+        path: str,
+        threads: int,
+        context: int,
+        isa: str | None,
+        policy: str | None,
+        cache_bits: int,
+        head: str = "once",
     ) -> dict[str, Any]:
         import lowtide
         from lowtide.format.reader import open_artifact
         from lowtide.kernels.native import Engine
+        from lowtide.runtime.budget import parse_head
 
-        self.artifact, self.policy = open_artifact(path), policy
+        self.artifact, self.policy, self.head = open_artifact(path), policy, parse_head(head)
         self.engine = Engine(self.artifact, threads=threads, isa=isa, max_context=context, cache_bits=cache_bits)
         self.controllers: dict[float | str, Any] = {}
         self.cached: list[int] = []
@@ -153,7 +161,7 @@ class Lowtide(worker.Lowtide):
         from lowtide.runtime.budget import BudgetController, body_side_bits, body_weights, policy_params
 
         if bits not in self.controllers:
-            weights, side = body_weights(self.artifact), body_side_bits(self.artifact)
+            weights = body_weights(self.artifact)
             if bits == "nothing":
                 import numpy as np
 
@@ -165,7 +173,8 @@ class Lowtide(worker.Lowtide):
                 target = None if bits == "dense" else float(bits)
                 # a budget below the grid begins at its lowest point; the controller goes on from there
                 known = target and max(target, self.artifact.manifest.budgets[0])
-                params = policy_params(self.artifact, self.policy, known)
+                params = policy_params(self.artifact, self.policy, known, self.head)
+                side = body_side_bits(self.artifact, params.rule)
                 self.controllers[bits] = BudgetController(params, target, weights, side)
         return self.controllers[bits]
 
