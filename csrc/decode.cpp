@@ -11,16 +11,6 @@ namespace lowtide {
 
 namespace {
 
-// Byte offsets of the selected entries in one matrix. The list goes on with its last entry, so that looking ahead
-// asks for a line that is there already.
-void set_offsets(Selection &s, const lt_group &g, const lt_linear &l) {
-  const int64_t n = s.class_begin[s.slices];
-  const uint32_t run = (uint32_t)Tiling(l.out).run_bytes(), plane = run * (uint32_t)g.in;
-  uint32_t *offset = s.offset.data();
-  for (int64_t e = 0; e < n; ++e) offset[e] = s.channel[e] * run + s.slice[e] * plane;
-  if (n) std::fill(offset + n, offset + n + kAhead * kBlock, offset[n - 1]);
-}
-
 // In four lanes, which every compiler makes one instruction of.
 float largest_of(const float *x, int64_t n) {
   float lane[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
@@ -171,7 +161,7 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
     const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
     unit += t.count;
     if (begin >= end) continue;
-    set_offsets(w.selection, g, l);
+    k_.offsets(l, w.selection);
     for (int64_t k = begin; k < end; k += kPassTiles)
       k_.tiles(g, l, w.selection, k, std::min(end, k + kPassTiles), accumulate, w.acc.data(), y[i] + t.first(k));
   }
@@ -188,7 +178,7 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   w.selection.keep(tid, threads);
   int32_t *to = w.sums(turn);
   for (int64_t i = 0; i < g.linear_count; ++i) {
-    set_offsets(w.selection, g, g.linear[i]);
+    k_.offsets(g.linear[i], w.selection);
     k_.partial(g.linear[i], w.selection, to);
     to += g.slices * Tiling(g.linear[i].out).count * 256;
   }
@@ -229,7 +219,7 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
     if (!(s.leading_[k] >= least)) continue;
     if (!rows) {
       choose(tid, s, group, w.normed.data(), *step.policy);
-      set_offsets(w.selection, groups_[group], l);
+      k_.offsets(l, w.selection);
     }
     rows += t.rows(k);
     if (found++ % pool_.size() == tid)

@@ -80,11 +80,13 @@ static float softmax(float *score, int64_t n) {
     store(score + i, e);
     total = total + e;
   }
+  float lane[16];
+  store(lane, total);
   for (int64_t i = n; i % 16; ++i) {
-    total[i % 16] = total[i % 16] - score[i];
+    lane[i % 16] = lane[i % 16] - score[i];
     score[i] = 0;
   }
-  return 1.0f / sum_lanes(total);
+  return 1.0f / sum_lanes(load(lane));
 }
 
 template <int kGroup, typename Cached>

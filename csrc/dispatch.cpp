@@ -38,8 +38,7 @@ void Selection::reserve(int64_t max_in) {
     level_channel[l].resize(channels);
     level_value[l].resize(channels);
   }
-  channel.resize(entries);
-  slice.resize(entries);
+  run.resize(entries);
   coef.resize(entries);
   offset.resize(entries + kAhead * kBlock);
 }
@@ -50,8 +49,7 @@ void Selection::keep(int part, int parts) {
     const int64_t first = class_begin[k], quads = (class_begin[k + 1] - first) / 4;
     const int64_t begin = first + quads * part / parts * 4, n = first + quads * (part + 1) / parts * 4 - begin;
     class_begin[k] = to;
-    std::memmove(channel.data() + to, channel.data() + begin, (size_t)n * sizeof channel[0]);
-    std::memmove(slice.data() + to, slice.data() + begin, (size_t)n);
+    std::memmove(run.data() + to, run.data() + begin, (size_t)n * sizeof run[0]);
     std::memmove(coef.data() + to, coef.data() + begin, (size_t)n);
     to += n;
   }

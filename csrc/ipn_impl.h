@@ -9,25 +9,11 @@ namespace LT_NS {
 // kRows features at once share the loads of x; each sums in its own sixteen lanes. Whole vectors only.
 template <int kRows>
 static inline void probe_sums(const int8_t *row, const float *x, int64_t n, f32x16 (&acc)[kRows]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)  // lanes in two halves: the compiler would keep them in memory
-  __m256 half[2][kRows];
-  for (auto &h : half)
-    for (auto &v : h) v = _mm256_setzero_ps();
-  for (int64_t j = 0; j + 16 <= n; j += 16)
-    for (int h = 0; h < 2; ++h) {
-      const __m256 v = _mm256_loadu_ps(x + j + 8 * h);
-      for (int k = 0; k < kRows; ++k)
-        half[h][k] = _mm256_add_ps(half[h][k], _mm256_mul_ps(eight_bytes(row + k * n + j + 8 * h), v));
-    }
-  for (int k = 0; k < kRows; ++k)
-    for (int h = 0; h < 2; ++h) std::memcpy((char *)&acc[k] + 32 * h, &half[h][k], 32);
-#else
   for (auto &a : acc) a = f32x16{};
   for (int64_t j = 0; j + 16 <= n; j += 16) {
     const f32x16 v = load(x + j);
     for (int k = 0; k < kRows; ++k) acc[k] = acc[k] + load_bytes(row + k * n + j) * v;
   }
-#endif
 }
 
 template <int kRows>

@@ -29,10 +29,9 @@ struct Selection {
   std::vector<float> a;                               // [in] centred input
   std::vector<float> score, rank;                     // [in] scratch for rules
   std::vector<uint32_t> level_channel[LT_MAX_SLICES + 1];  // channels by level
-  std::vector<float> level_value[LT_MAX_SLICES + 1];       // a * c * gamma of the same channels
+  std::vector<float> level_value[LT_MAX_SLICES + 1];       // a * c * gamma of the same channels, then zeros
   int64_t level_count[LT_MAX_SLICES + 1] = {};
-  std::vector<uint32_t> channel;                      // [entries]
-  std::vector<uint8_t> slice;                         // [entries]
+  std::vector<uint32_t> run;                          // [entries] slice * in + channel
   std::vector<int8_t> coef;                           // [entries]
   std::vector<uint32_t> offset;                       // [entries + kAhead * kBlock] scratch: byte offsets into one matrix
   int64_t class_begin[LT_MAX_SLICES + 1] = {};        // entry where each class begins
@@ -58,6 +57,8 @@ struct Kernels {
   // Levels from thresholds[slices] and from `score` (or |x - mean| * importance f16 [in] where score is null).
   void (*select)(const lt_group &g, const float *x, const float *score, const uint16_t *importance,
                  const float *thresholds, Selection &s);
+  // Byte offsets of the entries in this matrix, to s.offset.
+  void (*offsets)(const lt_linear &l, Selection &s);
   // score_j = |x_j - mean_j| (* importance_j); exact channels get 0.
   void (*scores)(const lt_group &g, const float *x, bool weighted, float *score);
   // LT_IPN: features f32 [H] of the group's probe for the input x, and the factor that features of a probe move the

@@ -102,9 +102,8 @@ static void add_class(const Selection &s, int k, const int32_t *rows, int64_t wi
   const i32x16 shift = splat_int(s.class_sum[k]);
   const f32x16 scale = splat(s.class_scale[k]);
   for (int64_t r = 0; r < width; r += 16) {
-    i32x16 v;
-    std::memcpy(&v, rows + r, 64);
-    store(sum + r, load(sum + r) + __builtin_convertvector(2 * v - shift, f32x16) * scale);
+    const i32x16 v = load_int(rows + r);
+    store(sum + r, load(sum + r) + to_float(v + v - shift) * scale);
   }
 }
 
@@ -185,16 +184,11 @@ static float sum(const void *p, int64_t bytes) {
   const char *c = (const char *)p;
   i32x16 acc[4] = {};
   for (int64_t i = 0; i + 256 <= bytes; i += 256)
-    for (int k = 0; k < 4; ++k) {
-      i32x16 v;
-      std::memcpy(&v, c + i + k * 64, 64);
-      acc[k] = acc[k] ^ v;
-    }
-  const i32x16 all = acc[0] ^ acc[1] ^ acc[2] ^ acc[3];
-  return (float)all[0];
+    for (int k = 0; k < 4; ++k) acc[k] = acc[k] ^ load_int((const int32_t *)(c + i + k * 64));
+  return to_float(acc[0] ^ acc[1] ^ acc[2] ^ acc[3])[0];
 }
 
-static const Kernels kTable = {LT_NAME,  select,    scores,   probe, waterline, tiles, partial, combine, rmsnorm,          swiglu,            add,
+static const Kernels kTable = {LT_NAME,  select,    offsets,  scores,   probe, waterline, tiles, partial, combine, rmsnorm,          swiglu,            add,
                                rope,     attention, store_kv, embed, quantise,  unpack, multiply, outliers_of_many,
                                scale_and_correct, sum};
 

@@ -27,8 +27,7 @@ static void quantise(const lt_group &g, const float *x, float *a, int8_t *q, flo
     const float m = largest(value, kDepth), inv = m > 0 ? 127.0f / m : 0.0f;
     int32_t rounded[kDepth], total = 0;
     for (int64_t i = 0; i < kDepth; i += 16) {
-      const i32x16 v = (i32x16)(load(value + i) * inv + magic) - 0x4b400000;
-      std::memcpy(rounded + i, &v, 64);
+      store_int(rounded + i, bits_of(load(value + i) * inv + magic) - splat_int(0x4b400000));
     }
     for (int64_t i = 0; i < kDepth; ++i) q[i] = (int8_t)rounded[i], total += rounded[i];
     *scale = m / 127.0f * 0.5f;
@@ -77,7 +76,12 @@ static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t
       if (j < g.in)
         code = codes(l.weight + t.byte_offset(index) + j * run + (row + i) % bytes, plane, g.slices,
                      (int)((row + i) / bytes) * 2);
+#if defined(__AVX2__)
+      const __m128i byte = (__m128i)code;
+      store(to + i, to_float({_mm256_cvtepu8_epi32(byte), _mm256_cvtepu8_epi32(_mm_srli_si128(byte, 8))}));
+#else
       store(to + i, __builtin_convertvector(code, f32x16));
+#endif
     }
 }
 

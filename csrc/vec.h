@@ -1,4 +1,4 @@
-// Sixteen-lane float vectors in the compiler's own vector extension.
+// Sixteen-lane float vectors, in the compiler's own vector extension or, for AVX2, as two registers.
 //
 // Every instruction set compiles this same source without fused multiply-add, so float results are
 // the same bits everywhere. Include only from a file that is compiled for one instruction set; all
@@ -12,6 +12,9 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "vec_avx2.h"
+#else
 namespace LT_NS {
 
 typedef float f32x16 __attribute__((vector_size(64)));
@@ -23,11 +26,28 @@ static inline f32x16 load(const float *p) {
   return v;
 }
 static inline void store(float *p, f32x16 v) { std::memcpy(p, &v, 64); }
+static inline i32x16 load_int(const int32_t *p) {
+  i32x16 v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+static inline void store_int(int32_t *p, i32x16 v) { std::memcpy(p, &v, 64); }
 static inline f32x16 splat(float x) { return x - f32x16{}; }
 static inline i32x16 splat_int(int32_t x) { return x - i32x16{}; }
 
 static inline f32x16 absolute(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
+// The second one where either is not a number.
 static inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
+static inline f32x16 minimum(f32x16 a, f32x16 b) { return a < b ? a : b; }
+
+static inline i32x16 bits_of(f32x16 v) { return (i32x16)v; }
+static inline f32x16 float_of_bits(i32x16 v) { return (f32x16)v; }
+static inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+
+}  // namespace LT_NS
+#endif
+
+namespace LT_NS {
 
 static inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
@@ -86,12 +106,8 @@ static inline f32x16 load_half(const uint16_t *p) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__F16C__)
-  const __m256 lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-  const __m256 hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
-  f32x16 v;
-  std::memcpy(&v, &lo, 32);
-  std::memcpy((char *)&v + 32, &hi, 32);
-  return v;
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
 #elif defined(__aarch64__)
   const float16x8_t lo = vreinterpretq_f16_u16(vld1q_u16(p)), hi = vreinterpretq_f16_u16(vld1q_u16(p + 8));
   const float32x4_t part[4] = {vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo), vcvt_f32_f16(vget_low_f16(hi)),
@@ -109,9 +125,9 @@ static inline f32x16 load_half(const uint16_t *p) {
 // Lanes beyond n are zero; nothing beyond n is read.
 static inline f32x16 load_part(const float *p, int64_t n) {
   if (n >= 16) return load(p);
-  f32x16 v{};
-  std::memcpy(&v, p, (size_t)n * 4);
-  return v;
+  float t[16] = {};
+  std::memcpy(t, p, (size_t)n * 4);
+  return load(t);
 }
 static inline f32x16 load_half_part(const uint16_t *p, int64_t n) {
   if (n >= 16) return load_half(p);
@@ -120,10 +136,10 @@ static inline f32x16 load_half_part(const uint16_t *p, int64_t n) {
   return load_half(t);
 }
 static inline void store_part(float *p, f32x16 v, int64_t n) {
-  if (n >= 16)
-    store(p, v);
-  else
-    std::memcpy(p, &v, (size_t)n * 4);
+  if (n >= 16) return store(p, v);
+  float t[16];
+  store(t, v);
+  std::memcpy(p, t, (size_t)n * 4);
 }
 
 // Signed bytes as floats.
@@ -136,11 +152,7 @@ static inline f32x16 load_bytes(const int8_t *p) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(__AVX2__)
-  const __m256 lo = eight_bytes(p), hi = eight_bytes(p + 8);
-  f32x16 both;
-  std::memcpy(&both, &lo, 32);
-  std::memcpy((char *)&both + 32, &hi, 32);
-  return both;
+  return {eight_bytes(p), eight_bytes(p + 8)};
 #else
   typedef int8_t i8x16 __attribute__((vector_size(16)));
   i8x16 v;
@@ -175,15 +187,21 @@ static inline float sum_lanes(f32x16 v) {
 static inline float max_lanes(f32x16 v) {
   float f[16];
   store(f, v);
-  float m = f[0];
-  for (int i = 1; i < 16; ++i) m = f[i] > m ? f[i] : m;
-  return m;
+  for (int w = 8; w; w >>= 1)
+    for (int i = 0; i < w; ++i) f[i] = f[i] > f[i + w] ? f[i] : f[i + w];
+  return f[0];
+}
+static inline int32_t sum_lanes_int(i32x16 v) {
+  int32_t q[16];
+  store_int(q, v);
+  for (int w = 8; w; w >>= 1)
+    for (int i = 0; i < w; ++i) q[i] += q[i + w];
+  return q[0];
 }
 
 // e^x, relative error below 3e-7 on [-87, 88]: range reduction to |r| <= ln2/2 and a Taylor polynomial of degree 7.
 static inline f32x16 exponential(f32x16 x) {
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
+  x = minimum(splat(88.0f), maximum(splat(-87.0f), x));
   const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 k = (x * 1.44269504088896341f + magic) - magic;
   const f32x16 r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
@@ -195,8 +213,8 @@ static inline f32x16 exponential(f32x16 x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const i32x16 e = ((i32x16)(k + magic) - 0x4b400000 + 127) << 23;
-  return p * (f32x16)e;
+  const i32x16 e = (bits_of(k + magic) - splat_int(0x4b400000 - 127)) << 23;
+  return p * float_of_bits(e);
 }
 
 }  // namespace LT_NS
