@@ -44,12 +44,13 @@ from lowtide.runtime.budget import BudgetController
 from lowtide.runtime.model import Model, load
 
 TEXT = Path(__file__).parents[1] / "examples" / "harbour.txt"
-MASKS = "select|choose|thresholds_of|scores|leading|refine|largest_of|make_classes|range_of|emit|emit_rest|largest"
+LISTS = "list_channels|append|append_half|finish_list|make_classes|range_of|emit|emit_rests?|to_bytes|largest"
+MASKS = f"select|choose|thresholds_of|scores|leading|refine|largest_of|{LISTS}"
 PARTS = {
     "masks": re.compile(rf"lowtide.*::({MASKS})\b"),
     "copies": re.compile(r"\W*_*mem(move|cpy|set)"),
     "network": re.compile(r"lowtide.*::(probe\w*|waterline)\b"),
-    "addresses": re.compile(r"lowtide.*::(set_offsets|Engine::product)\b"),
+    "addresses": re.compile(r"lowtide.*::(offsets|Engine::product)\b"),
 }
 SHARE = ("masks", "copies", "network")
 COLUMNS = ("rule", "isa", "bits", "read", "scores, masks", "copies", "network", "share", "rounds", "addresses", "token")

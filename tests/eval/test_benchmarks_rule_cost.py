@@ -76,7 +76,7 @@ def test_shares_are_those_of_all_periods(load):
         ("lowtide_avx512::waterline", "network"),
         ("__memset_avx512_unaligned_erms", "copies"),
         ("lowtide_avx2::emit_rest", "masks"),
-        ("lowtide::(anonymous namespace)::set_offsets", "addresses"),
+        ("lowtide_avx2::offsets", "addresses"),
         ("lowtide_avx512::attend<3, unsigned short>", None),
         ("lowtide_avx512::softmax", None),
         ("_PyObject_SelectMemo", None),
