@@ -15,7 +15,7 @@ from lowtide.compress.masked import MaskedModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import graded
+from lowtide.learn import digits, graded
 from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables, head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
@@ -37,7 +37,8 @@ def made(small, tmp_path_factory):
 @pytest.fixture
 def exact(monkeypatch):
     """Products in float32, so that the same levels must come out."""
-    monkeypatch.setattr(graded, "HALF", torch.float32)
+    for module in (graded, digits):
+        monkeypatch.setattr(module, "HALF", torch.float32)
 
 
 def untrained(artifact):
@@ -85,7 +86,7 @@ def test_a_jointly_trained_artifact_is_what_training_goes_on_from(made, small, e
         more = GradedModel(again, dense, train_weights=True)
         more.refresh()
     for name, code in more.codes.items():
-        assert torch.equal(code.digits(more.groups[name].weight), code.stored)
+        assert torch.equal(code.digits(more.groups[name].parameters()[0]), code.stored)
     assert all(torch.equal(t, more.norm_tensors()[n]) for n, t in trained.norm_tensors().items())
 
 
@@ -94,7 +95,8 @@ def test_bfloat16_changes_little(made, small, monkeypatch):
     model, ipn = GradedModel(artifact, dense), untrained(artifact)
     with torch.no_grad():
         hidden, read = model.hidden(small.ids, At(ipn, ipn.grid[-1]))  # read in full: no mask may tip over
-        monkeypatch.setattr(graded, "HALF", torch.float32)
+        for module in (graded, digits):
+            monkeypatch.setattr(module, "HALF", torch.float32)
         precise, same = GradedModel(artifact, dense).hidden(small.ids, At(ipn, ipn.grid[-1]))
     assert hidden.dtype == torch.float32
     assert float(read.mean()) == pytest.approx(float(same.mean()), rel=0.01)

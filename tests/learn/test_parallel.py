@@ -12,16 +12,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from support.joint import make_learner
 from support.twin import write_folder
 
 from lowtide.compress import compress
-from lowtide.compress.dense import DenseModel
-from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn.graded import GradedModel, budget_tables
-from lowtide.learn.ipn import Ipn
-from lowtide.learn.ipn_train import IpnOptions, Learner
+from lowtide.learn.ipn_train import IpnOptions
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.run_ipn import learn_joint
 
@@ -55,26 +52,6 @@ class Threads(Parallel):
         mean = (self.slots[0] + self.slots[1]) / 2
         self.barrier.wait(60)
         return mean
-
-
-def make_learner(source, parallel):
-    """A joint learner whose windows are of two kinds, so that the processes' own KLs and bits differ."""
-    artifact, dense = open_artifact(source / "artifact"), DenseModel(open_source(source / "model"))
-    grid, tables = budget_tables(artifact)
-    importance = {
-        n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in artifact.groups.items() if n != "embed"
-    }
-    ipn = Ipn(importance, grid, tables, 4, 0, Ipn.PARTS, 4.0, 5.0)
-    with torch.no_grad():
-        for name, p in ipn.table.items():
-            if name.endswith("/mix"):
-                p.copy_(torch.linspace(-1, 1, len(p)))
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.where(
-        torch.arange(12)[:, None] < 6, torch.full((12, 24), 7), torch.randint(0, 104, (12, 24), generator=draw)
-    )
-    options = IpnOptions(steps=40, bits=(4.0, 5.0), windows=4, features=4, weight_rate=0.01, ramp=1e-6)
-    return Learner(GradedModel(artifact, dense, train_weights=True), ipn, ids, options, parallel)
 
 
 def gradients(learner, number, out):

@@ -166,6 +166,11 @@ def joint(
       lowtide learn joint ./SmolLM2-135M smol.lowtide --bits 2.5 --text wiki.txt
       lowtide learn joint ./stories15M stories.lowtide --bits 2 --steps 400
       accelerate launch --multi_gpu --num_processes 4 -m lowtide.cli learn joint ./stories15M stories.lowtide --bits 2
+
+    Weights, gradients and Adam's state shared out over the processes (FSDP2), for a model too large for one:
+
+    \b
+      accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m lowtide.cli learn joint MODEL OUT --bits 2.5
     """
     from lowtide.cli.progress import progress_bar
     from lowtide.learn.ipn_loss import Prices

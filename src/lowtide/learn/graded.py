@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowtide.arch import LAYER_NORMS, norm_specs
+from lowtide.arch import GROUPS, LAYER_NORMS, norm_specs
 from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
 from lowtide.errors import LowtideError
-from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
+from lowtide.learn.digits import HALF, Code
+from lowtide.learn.shards import whole
 
-HALF = torch.bfloat16
 FEATURE_GROUPS = {"qkv": "qkv", "o": "qkv", "gate_up": "gate_up", "down": "gate_up"}
 """Whose input the probe reads that serves a group."""
 
@@ -56,91 +56,43 @@ class GradedGroup:
 
     planes: S matrices [out, in] in bfloat16, D_k; always: [out, in] bfloat16, outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; open: f32 [in], 0 for exact channels; side_bits: read whatever the mask.
-    Under training: weight z f32 [out, in] in units of `scale` r_i c_j, the learned parts of the scales' natural
-    logarithms f32 [out] and [in], and the bias.
+    learned, under training: weight z f32 [out, in] in units of `scale` r_i c_j; log_rows f32 [out] and log_cols
+    f32 [in], the learned parts of the scales' natural logarithms; and the bias.
     """
 
     name: str
     planes: list[torch.Tensor]
     always: torch.Tensor
-    bias: torch.Tensor
+    stored_bias: torch.Tensor
     mean: torch.Tensor
     open: torch.Tensor
     side_bits: int
-    weight: nn.Parameter | None = None
-    log_rows: nn.Parameter | None = None
-    log_cols: nn.Parameter | None = None
+    learned: nn.ParameterDict | None = None
     scale: torch.Tensor | None = None
 
     @property
     def out(self) -> int:
         """Rows of all member layers."""
-        return len(self.bias)
+        return len(self.stored_bias)
 
     @property
     def inputs(self) -> int:
         """Input channels."""
         return len(self.mean)
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """f32 [out], the learned one under training."""
+        return self.stored_bias if self.learned is None else self.learned["bias"]
 
-class Code:
-    """The digits of one group as a function of its weights: fixed scales, outliers and shrink factors.
+    def parameters(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Weight, log_rows and log_cols; None each, if they are not under training."""
+        t = self.learned
+        return (None, None, None) if t is None else (t["weight"], t["log_rows"], t["log_cols"])
 
-    With K = sum_s t_s 4^-s the code of w is `q = round((w / (r c) + K) 4^(S-1))`, and level L stands for
-    `r c gamma_L (floor(q / 4^(S-L)) 4^(1-L) - sum_{s<L} t_s 4^-s)`.
-    """
-
-    def __init__(self, group: GroupTensors) -> None:
-        self.slices = group.slices
-        self.rows = torch.from_numpy(np.concatenate([g.row_scale.astype(np.float32) for g in group.linears]))[:, None]
-        self.cols = torch.from_numpy(group.col_scale.astype(np.float32))
-        self.shrink = [float(s) for s in group.shrink]
-        halves = [c / 2 for c in group.centres]
-        self.offsets = [sum(t * 4.0**-s for s, t in enumerate(halves[: n + 1])) for n in range(self.slices)]
-        parts = [
-            codec.unpack_digits(linear.weight, linear.out_features, group.in_features, group.slices)
-            for linear in group.linears
-        ]
-        self.stored = torch.from_numpy(np.concatenate(parts))
-        fixed = np.concatenate([_fixed(group, i) for i in range(len(group.linears))])
-        self.fixed = torch.from_numpy(fixed)
-
-    def digits(self, units: torch.Tensor) -> torch.Tensor:
-        """Weights in units of scales f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
-        steps = 4.0 ** (self.slices - 1)
-        q = (units + self.offsets[-1]).mul_(steps).round_()
-        q = q.clamp_(0, 4 * steps - 1).to(torch.uint8)
-        return torch.where(self.fixed, self.stored, q)
-
-    def units(self) -> torch.Tensor:
-        """What the stored digits say, in units of scales f32 [out, in]; `digits` gives them back."""
-        return self.stored.float().mul_(4.0 ** (1 - self.slices)).sub_(self.offsets[-1])
-
-    def rescale(self, rows: torch.Tensor, cols: torch.Tensor) -> None:
-        """New scales f32 [out, 1] and [in], rounded to float16, which is what is stored."""
-        self.rows, self.cols = rows.half().float(), cols.half().float()
-
-    def planes(self, digits: torch.Tensor) -> list[torch.Tensor]:
-        """What every slice adds: S bfloat16 [out, in]."""
-        found: list[torch.Tensor] = []
-        last: torch.Tensor | None = None
-        whole = digits.float()
-        for level in range(1, self.slices + 1):
-            top = (whole / 4.0 ** (self.slices - level)).floor_()
-            value = top.mul_(4.0 ** (1 - level)).sub_(self.offsets[level - 1]).mul_(self.shrink[level - 1])
-            found.append((value if last is None else value - last).mul(self.cols).mul_(self.rows).to(HALF))
-            last = value
-        return found
-
-
-def _fixed(group: GroupTensors, index: int) -> np.ndarray[Any, Any]:
-    """bool [out, in]: weights that training leaves alone, for they are stored exactly beside the digits."""
-    linear = group.linears[index]
-    mask = np.zeros((linear.out_features, group.in_features), bool)
-    rows, cols, _ = linear.outliers()
-    mask[rows, cols] = True
-    mask[:, group.exact_channels] = True
-    return mask
+    def coded(self, *parameters: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """planes, always and scale for the `parameters()` given; here they are at hand (`GradedModel.refresh`)."""
+        return self.planes, self.always, self.scale
 
 
 class _Product(torch.autograd.Function):
@@ -161,23 +113,24 @@ class _Product(torch.autograd.Function):
         tau: float,
     ) -> Any:
         small = a.to(HALF)
+        planes, always, _ = group.coded(weight, log_rows, log_cols)
         coded, count = torch.zeros(()), torch.zeros(len(a))
-        for t, plane in zip(theta, group.planes, strict=True):
+        for t, plane in zip(theta, planes, strict=True):
             mask = score > t
             count += mask.sum(1)
             coded = coded + F.linear(small * mask, plane).float()
         ctx.train_weight = weight is not None
-        ctx.save_for_backward(a, score, theta, *([coded] if ctx.train_weight else []))
+        ctx.save_for_backward(a, score, theta, *([coded, weight, log_rows, log_cols] if ctx.train_weight else []))
         ctx.group, ctx.tau = group, tau
-        return coded + F.linear(small, group.always), count
+        return coded + F.linear(small, always), count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         a, score, theta, *kept = ctx.saved_tensors
-        group: GradedGroup = ctx.group
+        planes, always, scale = ctx.group.coded(*kept[1:])
         g = grads[0].to(HALF)
         through, grad_score, grad_theta = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(theta)
-        for k, plane in enumerate(group.planes):
+        for k, plane in enumerate(planes):
             passed = (g @ plane).float()
             soft = torch.sigmoid((score - theta[k]) / ctx.tau)
             moved = (passed * a).add_(grads[1][:, None]).mul_(soft).mul_(1 - soft)
@@ -186,12 +139,11 @@ class _Product(torch.autograd.Function):
             through += passed * (score > theta[k])
         grad_score /= ctx.tau
         grad_theta /= ctx.tau
-        grad_a = through + g @ group.always
+        grad_a = through + g @ always
         if not ctx.train_weight:
             return grad_a, grad_score, grad_theta, None, None, None, None, None
-        assert group.scale is not None
         read = a.to(HALF) * (score > theta[0])
-        grad_weight = (g.T @ read).float().mul_(group.scale)
+        grad_weight = (g.T @ read).float().mul_(scale)
         grad_rows, grad_cols = (grads[0] * kept[0]).sum(0), (a * through).sum(0)
         return grad_a, grad_score, grad_theta, grad_weight, grad_rows, grad_cols, None, None
 
@@ -215,43 +167,47 @@ class GradedModel:
         self.config, self.dense = dense.config, dense
         self.codes: dict[str, Code] = {}
         self.row_scales: dict[str, torch.Tensor] = {}
-        self._base: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.groups: dict[str, GradedGroup] = {}
-        self.norms: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, group in artifact.groups.items():
-            if name == "embed":
-                continue
-            code = Code(group)
-            self.groups[name] = _group(group, code)
-            self.row_scales[name] = code.rows[:, 0]
-            if train_weights and name != "head":
-                self.codes[name] = code
+        self.norms: list[nn.ParameterList] = []
         # The artifact's norms, not the dense model's: joint training moves them.
         stored = {name: torch.from_numpy(np.array(artifact.tensor(name))) for name, _ in norm_specs(self.config)}
-        self.final_norm = stored["model.norm.weight"]
+        learned = artifact.manifest.stats.get("learned")
+        from_digits = isinstance(learned, dict) and bool(learned.get("joint"))
         for index in range(self.config.num_layers):
-            before, after = (stored[f"model.layers.{index}.{name}"] for name in LAYER_NORMS)
-            self.norms.append((before, after))
-        if train_weights:
-            learned = artifact.manifest.stats.get("learned")
-            self._train_weights(from_digits=isinstance(learned, dict) and bool(learned.get("joint")))
+            pair = [nn.Parameter(stored[f"model.layers.{index}.{n}"], requires_grad=train_weights) for n in LAYER_NORMS]
+            self.norms.append(nn.ParameterList(pair))
+            weights = dense.block(index).weights if train_weights and not from_digits else {}
+            for kind in GROUPS:
+                self._add(artifact.groups[f"layers.{index}.{kind}"])
+                if train_weights:
+                    self._train(f"layers.{index}.{kind}", weights.get(kind))
+            self._added(index)
+        self._add(artifact.groups["head"])
+        self.codes = self.codes if train_weights else {}
+        self.codes.pop("head", None)
+        self.last = nn.ParameterList([nn.Parameter(stored["model.norm.weight"], requires_grad=train_weights)])
         self.head, self.head_bias = self._full_head()
         table = "head" if self.config.tied else "embed"
         self.embedding = _embedding(artifact.groups[table])
         body = [g for name, g in self.groups.items() if name != "head"]
         self.weights = sum(g.out * g.inputs for g in body)
 
-    def _train_weights(self, from_digits: bool) -> None:
-        """Make parameters of the decoder's weights, of the biases beside its digits, and of the norms."""
-        for index, pair in enumerate(self.norms):
-            self.norms[index] = (nn.Parameter(pair[0].clone()), nn.Parameter(pair[1].clone()))
-            for kind, weight in self.dense.block(index).weights.items():
-                group, code = self.groups[f"layers.{index}.{kind}"], self.codes[f"layers.{index}.{kind}"]
-                self._base[group.name] = (code.rows, code.cols)
-                units = code.units() if from_digits else weight / code.cols / code.rows
-                group.weight, group.bias = nn.Parameter(units), nn.Parameter(group.bias)
-                group.log_rows, group.log_cols = (nn.Parameter(torch.zeros(n)) for n in weight.shape)
-        self.final_norm = nn.Parameter(self.final_norm.clone())
+    def _add(self, group: GroupTensors) -> None:
+        """Take a group of the artifact."""
+        code = self.codes[group.name] = Code(group)
+        self.groups[group.name] = _group(group, code)
+        self.row_scales[group.name] = code.rows[:, 0]
+
+    def _train(self, name: str, weight: torch.Tensor | None) -> None:
+        """Make parameters of a group's weight f32 [out, in], of its digits if None, and of the bias beside them."""
+        group, code = self.groups[name], self.codes[name]
+        units = code.units() if weight is None else weight / code.cols / code.rows
+        learned = {"weight": units, "bias": group.stored_bias}
+        learned |= {"log_rows": torch.zeros(group.out), "log_cols": torch.zeros(group.inputs)}
+        group.learned = nn.ParameterDict({what: nn.Parameter(value) for what, value in learned.items()})
+
+    def _added(self, index: int) -> None:
+        """A decoder block is complete."""
 
     def _full_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The head read in full, bfloat16 [V, D], and its bias f32 [V]; its masks are left to the engine."""
@@ -266,24 +222,33 @@ class GradedModel:
     def refresh(self) -> None:
         """Code the weights as they are now."""
         for name, code in self.codes.items():
-            group, (rows, cols) = self.groups[name], self._base[name]
-            assert group.weight is not None and group.log_rows is not None and group.log_cols is not None
-            code.rescale(rows * group.log_rows.exp()[:, None], cols * group.log_cols.exp())
-            group.planes, group.scale = code.planes(code.digits(group.weight)), code.rows * code.cols
+            group = self.groups[name]
+            group.planes, group.scale = code.of(*group.parameters())
+
+    @torch.no_grad()
+    def trained(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Digits u8 [out, in] and bias f32 [out] of a group as its weights are now; `codes[name]` has the scales then.
+        Where weights are sharded all processes must ask."""
+        group, code = self.groups[name], self.codes[name]
+        weight, log_rows, log_cols = (whole(t) for t in group.parameters() if t is not None)
+        code.rescale_by(log_rows, log_cols)
+        return code.digits(weight), whole(group.bias)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is under training: of each group `.weight`, `.bias`, `.log_rows` and `.log_cols`; the norms under their
         Hugging Face names."""
+        if not self.codes:
+            return {}
         found: dict[str, nn.Parameter] = {}
         for name in self.codes:
-            parts = {what: getattr(self.groups[name], what) for what in ("weight", "bias", "log_rows", "log_cols")}
-            found |= {f"{name}.{what}": p for what, p in parts.items()}
-        named = self.norm_tensors()
-        return found | {name: p for name, p in named.items() if isinstance(p, nn.Parameter)}
+            learned = self.groups[name].learned
+            assert learned is not None
+            found |= {f"{name}.{what}": learned[what] for what in ("weight", "bias", "log_rows", "log_cols")}
+        return found | self.norm_tensors()
 
-    def norm_tensors(self) -> dict[str, torch.Tensor]:
+    def norm_tensors(self) -> dict[str, nn.Parameter]:
         """RMSNorm weights f32 [D] by Hugging Face tensor name."""
-        found = {"model.norm.weight": self.final_norm}
+        found = {"model.norm.weight": self.last[0]}
         for index, pair in enumerate(self.norms):
             found |= {f"model.layers.{index}.{name}": p for name, p in zip(LAYER_NORMS, pair, strict=True)}
         return found
@@ -294,27 +259,37 @@ class GradedModel:
         x = F.embedding(ids, self.embedding)
         bits: list[torch.Tensor] = []
         for index in range(self.config.num_layers):
-
-            def apply(kind: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
-                name = f"layers.{index}.{kind}"
-                flat = x.reshape(-1, x.shape[-1])
-                if FEATURE_GROUPS[kind] == kind:
-                    masks.see(name, flat)
-                y, read = self.product(name, flat, masks)
-                bits.append(read)
-                return y.view(*x.shape[:-1], -1)
-
-            x = decoder_block(self.config, self.norms[index], x, apply, rope)
-        x = rms_norm(x, self.final_norm, self.config.rms_eps)
+            x, read = self.block(index, x, rope, masks)
+            bits.append(read)
+        x = rms_norm(x, self.last[0], self.config.rms_eps)
         side = sum(g.side_bits for name, g in self.groups.items() if name != "head")
         return x, (torch.stack(bits).sum(0).view(ids.shape) + side) / self.weights
+
+    def block(
+        self, index: int, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], masks: Masks
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One decoder block: x f32 [B, N, D] -> (x f32 [B, N, D], bits read f32 [B * N])."""
+        bits: list[torch.Tensor] = []
+
+        def apply(kind: str, x: torch.Tensor) -> torch.Tensor:
+            name = f"layers.{index}.{kind}"
+            flat = x.reshape(-1, x.shape[-1])
+            if FEATURE_GROUPS[kind] == kind:
+                masks.see(name, flat)
+            y, read = self.product(name, flat, masks)
+            bits.append(read)
+            return y.view(*x.shape[:-1], -1)
+
+        norms = self.norms[index]
+        x = decoder_block(self.config, (norms[0], norms[1]), x, apply, rope)
+        return x, torch.stack(bits).sum(0)
 
     def product(self, name: str, x: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
         """One group: x f32 [T, in] -> (y f32 [T, out], bits read through slices f32 [T])."""
         group = self.groups[name]
         a = x - group.mean  # 0 for exact channels, which so are read as they are
         score, theta = masks.scores(name, a)
-        y, count = _Product.apply(a, score, theta, group.weight, group.log_rows, group.log_cols, group, masks.tau)
+        y, count = _Product.apply(a, score, theta, *group.parameters(), group, masks.tau)
         return y + group.bias, 2.0 * group.out * count
 
 
@@ -334,7 +309,7 @@ def _group(group: GroupTensors, code: Code) -> GradedGroup:
         name=group.name,
         planes=code.planes(code.stored),
         always=torch.from_numpy(always).to(HALF),
-        bias=torch.from_numpy(np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])),
+        stored_bias=torch.from_numpy(np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])),
         mean=torch.from_numpy(group.mean.astype(np.float32)),
         open=readable,
         side_bits=8 * group.side_bytes(),

@@ -24,6 +24,7 @@ from lowtide.format.reader import Artifact
 from lowtide.format.writer import ArtifactWriter
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.shards import whole
 
 LOWEST = -60.0
 """log2 of a threshold that every score passes which is not zero."""
@@ -129,20 +130,28 @@ def gains(ipn: Ipn, name: str) -> np.ndarray:  # type: ignore[type-arg]
         return np.array([float(ipn.gain(name, bits)) for bits in ipn.grid], np.float32)
 
 
-def write_weights(artifact: Artifact, model: GradedModel, out: Path, stats: dict[str, object]) -> None:
+def write_weights(
+    artifact: Artifact, model: GradedModel, out: Path, stats: dict[str, object], main: bool = True
+) -> None:
     """The artifact again with the trained digits, scales, biases and norms; policies and everything else stay.
+
+    Sharded weights are gathered group by group: all processes must call, the one that is `main` writes.
 
     Raises:
         LowtideError: a bias that left float16's range, or no room.
     """
     manifest = artifact.manifest
+    norms = {name: whole(norm).float().numpy() for name, norm in model.norm_tensors().items()}
+    if not main:
+        for name in model.codes:
+            _with_weights(artifact.groups[name], model, name)
+        return
     with ArtifactWriter(out, force=True) as writer:
         for name, group in artifact.groups.items():
             trained = name in model.codes
             writer.add_group(_with_weights(group, model, name) if trained else group)
-        norms = model.norm_tensors()
         for name, _ in norm_specs(manifest.config):
-            writer.add_tensor(name, norms[name].detach().float().numpy())
+            writer.add_tensor(name, norms[name])
         for name in manifest.files:
             if name not in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
                 writer.add_file(name, artifact.file(name))
@@ -160,10 +169,8 @@ def write_weights(artifact: Artifact, model: GradedModel, out: Path, stats: dict
 
 
 def _with_weights(group: GroupTensors, model: GradedModel, name: str) -> GroupTensors:
-    trained, code = model.groups[name], model.codes[name]
-    assert trained.weight is not None
-    digits = code.digits(trained.weight.detach()).numpy()
-    bias = trained.bias.detach().to(torch.float16).numpy()
+    found, learned_bias = model.trained(name)
+    digits, bias, code = found.numpy(), learned_bias.to(torch.float16).numpy(), model.codes[name]
     if not np.isfinite(bias).all():
         raise LowtideError(f"{name}: a trained bias left float16's range; lower --weight-rate")
     linears, first = [], 0

@@ -23,6 +23,7 @@ from lowtide.learn.graded import HALF, GradedModel, head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import ELASTICITY, Prices, loss_of
 from lowtide.learn.parallel import Parallel
+from lowtide.learn.shards import whole
 
 Report = Callable[[str, int, int], None]
 """`report(stage, done, total)`; stages: sample, probe, train, thresholds."""
@@ -120,7 +121,7 @@ class Learner:
             if name.endswith((".log_rows", ".log_cols")):
                 rate = o.weight_rate * SCALE_RATE
             elif name.startswith("model/"):
-                rate = o.weight_rate * float(p.detach().pow(2).mean().sqrt().clamp_min(1e-3))
+                rate = o.weight_rate * float(whole(p).pow(2).mean().sqrt().clamp_min(1e-3))
             elif name.endswith(("/probe", "/bias")):
                 rate = o.probe_rate
             else:
@@ -175,6 +176,8 @@ class Learner:
         team = self.parallel
         held = self.ids[-self.held :][team.rank :: team.world]
         part = len(held) * team.world / self.held  # a process may have one more than others, or none
+        if not len(held) and team.mesh is not None:
+            held = self.ids[-1:]  # counts nothing: all must gather weights when one does
         if self._held_hidden is None and len(held):
             self._held_hidden = self.model.dense.hidden(held)
         self.model.refresh()

@@ -30,6 +30,7 @@ from lowtide.learn.ipn_export import TOKENS, as_stored, gains, thresholds, write
 from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, sensitivities
+from lowtide.learn.shards import is_sharded
 
 SAMPLED_WINDOWS, SAMPLED_WINDOW = 128, 256
 PROBE_TOKENS = 16_384
@@ -65,7 +66,7 @@ def learn_ipn(
     Raises:
         LowtideError: bad input, a text too short, out of memory, `out` exists, windows that processes cannot share.
     """
-    team = join(options.windows)
+    team = join(options.windows, weights=False)
     target, opened = Path(out).absolute(), open_artifact(artifact)
     return _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
 
@@ -143,7 +144,7 @@ def _learn(
         low, high = options.bits
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
     try:
-        graded = GradedModel(artifact, dense, train_weights=joint)
+        graded = _model(team, artifact, dense, joint)
         ids = _windows(team, dense, text, tokens, options.seed, report)
         ipn = _network(artifact, grid, tables, options)
         for name, group in graded.groups.items():
@@ -159,7 +160,9 @@ def _learn(
         team.wait()
         ratio = _start(learner, work, report)
         run = _train(learner, work, key, report)
-        figures = _finish(learner, run, artifact, folder, out, work, force, report) if team.main else {}
+        figures = {}
+        if team.main or team.mesh is not None:
+            figures = _finish(learner, run, artifact, folder, out, work, force, report)
         team.wait()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
@@ -175,6 +178,14 @@ def _learn(
 def _check_out(out: Path, force: bool) -> None:
     if (out.exists() or out.is_symlink()) and not force:
         raise LowtideError(f"{out}: exists already; choose another folder or give --force")
+
+
+def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool) -> GradedModel:
+    if team.mesh is None:
+        return GradedModel(artifact, dense, train_weights=joint)
+    from lowtide.learn.sharded import ShardedModel
+
+    return ShardedModel(artifact, dense, team.mesh, team.free)
 
 
 def _windows(
@@ -209,7 +220,8 @@ def _start(learner: Learner, work: Path, report: Report) -> float | None:
     ratio = _fit(learner, report) if learner.parallel.main else None
     with torch.no_grad():
         for p in learner.parameters().values():
-            p.copy_(learner.parallel.first(p))
+            if not is_sharded(p):
+                p.copy_(learner.parallel.first(p))
     return ratio
 
 
@@ -227,7 +239,7 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
     """All steps; the best ones' parameters are in place afterwards."""
     o, parameters = learner.options, learner.parameters()
     optimiser = learner.optimiser()
-    run = progress.load(work, parameters, optimiser, key)
+    run = progress.load(work, parameters, optimiser, key, learner.parallel)
     if run is None:
         run = progress.Run()
         checked = learner.check()
@@ -250,8 +262,7 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
             break
         if checked["value"] < run.best:
             run.keep(parameters, checked["value"])
-        if learner.parallel.main:
-            progress.save(work, run, parameters, optimiser, key)
+        progress.save(work, run, parameters, optimiser, key, learner.parallel)
     run.restore(parameters)
     learner.model.refresh()
     return run
@@ -267,7 +278,8 @@ def _finish(
     force: bool,
     report: Report,
 ) -> dict[str, Any]:
-    o, graded, ipn = learner.options, learner.model, learner.ipn
+    """The artifact, and what is told of it. Where weights are sharded all processes come here; the first one writes."""
+    o, graded, ipn, main = learner.options, learner.model, learner.ipn, learner.parallel.main
     stored = as_stored(ipn)
     text = learner.ids[-max(1, TOKENS // learner.ids.shape[1]) :]
     tables, reads = thresholds(graded, ipn, text, lambda done, total: report("thresholds", done, total))
@@ -278,7 +290,9 @@ def _finish(
     base = folder
     if o.weight_rate > 0:
         base = work / "weights"
-        write_weights(artifact, graded, base, {})
+        write_weights(artifact, graded, base, {}, main)
+    if not main:
+        return {}
     info: IpnInfo = {"features": ipn.features, "low": o.bits[0], "high": o.bits[1]}
     attach(base, out, stored, tables, info, force, {"learned": learned})
     return {
