@@ -42,7 +42,7 @@ class Code:
         """Keep the few stored digits that training leaves alone, with their places; `units` has had its turn."""
         places = self.fixed.flatten().nonzero()[:, 0]
         self._kept = places, self.stored.flatten()[places]
-        self.stored, self.fixed = self.stored[:0], self.fixed[:0]
+        self.stored, self.fixed = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.bool)
 
     def digits(self, units: torch.Tensor) -> torch.Tensor:
         """Weights in units of scales f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
