@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import Tiny, make_tokenizer
-from support.twin import TwinSource
+from support.twin import TwinSource, write_folder
 
+from lowtide.compress import compress
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.prune.problems import layer_problems
 from lowtide.compress.sources.base import expected_shapes
@@ -54,3 +55,13 @@ def small() -> Small:
     source = TwinSource(config, tensors, make_tokenizer(TINY.vocab))
     ids = torch.from_numpy(rng.integers(0, TINY.vocab, (12, 24)))
     return Small(source, DenseModel(source), ids)
+
+
+@pytest.fixture(scope="module")
+def source(small, tmp_path_factory):
+    """A folder with `model`, its `artifact` and a `text`."""
+    folder = tmp_path_factory.mktemp("source")
+    write_folder(small.source, folder / "model")
+    (folder / "text").write_text("the end of the tide is there and then another one in the hand. " * 40)
+    compress(folder / "model", folder / "artifact", calibration=folder / "text")
+    return folder

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.joint import make_learner
-from support.twin import write_folder
 
-from lowtide.compress import compress
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn.ipn_train import IpnOptions
@@ -26,16 +24,6 @@ OPTIONS = ["--bits", "4", "--high", "5", "--steps", "4", "--windows", "4", "--we
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install accelerate"
 )
-
-
-@pytest.fixture(scope="module")
-def source(small, tmp_path_factory):
-    """A folder with `model`, its `artifact` and a `text`."""
-    folder = tmp_path_factory.mktemp("source")
-    write_folder(small.source, folder / "model")
-    (folder / "text").write_text("the end of the tide is there and then another one in the hand. " * 40)
-    compress(folder / "model", folder / "artifact", calibration=folder / "text")
-    return folder
 
 
 class Threads(Parallel):

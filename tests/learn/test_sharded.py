@@ -14,10 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import joint
-from support.twin import write_folder
 
 from lowtide.cli.app import BAD_INPUT, run
-from lowtide.compress import compress
 from lowtide.errors import LowtideError
 from lowtide.format import codec
 from lowtide.format.reader import open_artifact
@@ -29,16 +27,6 @@ needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install accelerate"
 )
 LAUNCH = ["--use_fsdp", "--fsdp_version", "2", "--num_machines", "1", "--mixed_precision", "no"]
-
-
-@pytest.fixture(scope="module")
-def source(small, tmp_path_factory):
-    """A folder with `model`, its `artifact` and a `text`."""
-    folder = tmp_path_factory.mktemp("source")
-    write_folder(small.source, folder / "model")
-    (folder / "text").write_text("the end of the tide is there and then another one in the hand. " * 40)
-    compress(folder / "model", folder / "artifact", calibration=folder / "text")
-    return folder
 
 
 @pytest.fixture(scope="module")
