@@ -23,11 +23,13 @@ static inline __m512i four_coefficients(const int8_t *coef) {
 
 static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t n, int64_t ahead,
                              __m512i *acc) {
-  __m512i sum[4][4];
-  for (int p = 0; p < 4; ++p)
-    for (int z = 0; z < 4; ++z) sum[p][z] = _mm512_load_si512(acc + p * 4 + z);
+  __m512i sum[16], mask[4];
+  for (int p = 0; p < 4; ++p) mask[p] = digit_mask(p);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) sum[k] = _mm512_load_si512(acc + k);
   for (int64_t e = 0; e < n; e += 4) {
     __m512i line[4];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       line[i] = _mm512_loadu_si512(base + offset[e + i]);
       _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
@@ -37,12 +39,11 @@ static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const 
     const __m512i quad[4] = {_mm512_unpacklo_epi16(ab_lo, cd_lo), _mm512_unpackhi_epi16(ab_lo, cd_lo),
                              _mm512_unpacklo_epi16(ab_hi, cd_hi), _mm512_unpackhi_epi16(ab_hi, cd_hi)};
     const __m512i c = four_coefficients(coef + e);
-    for (int p = 0; p < 4; ++p)
-      for (int z = 0; z < 4; ++z)
-        sum[p][z] = _mm512_dpbusd_epi32(sum[p][z], _mm512_and_si512(quad[z], digit_mask(p)), c);
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) sum[k] = _mm512_dpbusd_epi32(sum[k], _mm512_and_si512(quad[k % 4], mask[k / 4]), c);
   }
-  for (int p = 0; p < 4; ++p)
-    for (int z = 0; z < 4; ++z) _mm512_store_si512(acc + p * 4 + z, sum[p][z]);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) _mm512_store_si512(acc + k, sum[k]);
 }
 
 static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, const int8_t *coef, int64_t n,
@@ -139,19 +140,30 @@ static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t
   }
 }
 
+// kRows tokens' products with a panel, out i32 [kRows * 64]. One loop over all sums, stores to a pointer that was given
+// and a length that the compiler does not know: GCC 12 keeps the sums in registers then, and only then.
+template <int kRows>
+__attribute__((noinline)) static void products(const int8_t *q, const int8_t *end, int64_t stride,
+                                               const __m512i *panel, int32_t *out) {
+  __m512i acc[kRows * 4];
+#pragma GCC unroll 16
+  for (int k = 0; k < kRows * 4; ++k) acc[k] = _mm512_setzero_si512();
+  for (; q < end; q += 4, panel += 4) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kRows * 4; ++k)
+      acc[k] = _mm512_dpbusd_epi32(acc[k], panel[k % 4], four_coefficients(q + k / 4 * stride));
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kRows * 4; ++k) _mm512_store_si512(out + 16 * k, acc[k]);
+}
+
 template <int kRows>
 static inline void multiply_rows(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks,
                                  int32_t middle, const __m512i *panel, float *y) {
-  __m512i acc[kRows][4];
-  for (auto &row : acc)
-    for (auto &v : row) v = _mm512_setzero_si512();
-  for (int64_t j = 0; j < lowtide::kDepth; j += 4, panel += 4)
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i x = four_coefficients(q + i * blocks * lowtide::kDepth + j);
-      for (int v = 0; v < 4; ++v) acc[i][v] = _mm512_dpbusd_epi32(acc[i][v], panel[v], x);
-    }
+  alignas(64) int32_t sums[kRows * 64];
+  products<kRows>(q, q + lowtide::kDepth, blocks * lowtide::kDepth, panel, sums);
   for (int i = 0; i < kRows; ++i) {
-    const __m512i *z = acc[i];
+    const __m512i *z = (const __m512i *)sums + 4 * i;
     const __m512i lo01 = _mm512_shuffle_i32x4(z[0], z[1], 0x44), hi01 = _mm512_shuffle_i32x4(z[0], z[1], 0xee);
     const __m512i lo23 = _mm512_shuffle_i32x4(z[2], z[3], 0x44), hi23 = _mm512_shuffle_i32x4(z[2], z[3], 0xee);
     const __m512i row[4] = {_mm512_shuffle_i32x4(lo01, lo23, 0x88), _mm512_shuffle_i32x4(lo01, lo23, 0xdd),
@@ -168,8 +180,8 @@ static void multiply(const int8_t *q, const float *scale, const int32_t *sum, in
                      int32_t middle, const void *panel, float *y) {
   const __m512i *p = (const __m512i *)panel;
   int64_t i = 0;
-  for (; i + 6 <= m; i += 6)
-    multiply_rows<6>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
+  for (; i + 4 <= m; i += 4)
+    multiply_rows<4>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
   for (; i < m; ++i)
     multiply_rows<1>(q + i * blocks * lowtide::kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
 }
