@@ -21,6 +21,7 @@ from lowtide.kernels.reference import ReferenceEngine
 from lowtide.learn import ipn_train, run_ipn
 from lowtide.learn.ipn_loss import Prices
 from lowtide.learn.ipn_train import IpnOptions
+from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 from lowtide.runtime.budget import policy_params
 
@@ -250,3 +251,21 @@ def test_the_l1_loss_and_consistency_train_too(source, tmp_path):
     options = IpnOptions(steps=3, bits=(4.0, 6.0), windows=2, features=2, prices=Prices("l1", consistency=0.5))
     figures = learn_ipn(source / "artifact", source / "model", tmp_path / "out", options, source / "text")
     assert not figures["diverged"] and torch.isfinite(torch.tensor(figures["after"][0]["kl"]))
+
+
+def test_a_model_writes_as_much_text_as_training_looks_at(small, monkeypatch):
+    monkeypatch.setattr(run_ipn, "PROBE_TOKENS", 64)  # two windows
+    monkeypatch.setattr(run_ipn, "SAMPLED_AT_ONCE", 4)
+    options, told = IpnOptions(steps=3, windows=2, seed=7), []
+
+    def windows(tokens, options=options):
+        return run_ipn._windows(Parallel(), small.model, None, tokens, options, lambda *told_of: told.append(told_of))
+
+    ids = windows(100_000)
+    assert ids.shape == (3 * 2 + 8, 32)
+    assert len({tuple(row) for row in ids.tolist()}) == len(ids)
+    assert told[-1] == ("sample", 128, 128) and [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert torch.equal(windows(8 * 32), ids[:8])  # less text: its beginning
+    assert windows(1).shape == (3, 32)
+    assert windows(100_000, IpnOptions(steps=0)).shape == (2 + 8, 32)
+    assert not torch.equal(windows(8 * 32, IpnOptions(steps=3, windows=2, seed=8)), ids[:8])

@@ -30,6 +30,8 @@ Report = Callable[[str, int, int], None]
 DIVERGED = math.log(2.0)
 """Training stops when the held-out value is this much above where it began."""
 WARM = 10
+MOST_HELD = 8
+"""Windows held out for checking, at most."""
 KEPT_BYTES = 1 << 30
 """Of the dense model's states."""
 SCALE_RATE = 0.5
@@ -105,8 +107,8 @@ class Learner:
 
     @property
     def held(self) -> int:
-        """Windows held out: a tenth, one at least and eight at most."""
-        return min(8, max(1, len(self.ids) // 10))
+        """Windows held out: a tenth, one at least and MOST_HELD at most."""
+        return min(MOST_HELD, max(1, len(self.ids) // 10))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that learns, by name."""

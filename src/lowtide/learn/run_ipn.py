@@ -27,12 +27,14 @@ from lowtide.learn import ipn_progress as progress
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, thresholds, write_weights
-from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
+from lowtide.learn.ipn_train import DIVERGED, MOST_HELD, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, sensitivities
 from lowtide.learn.shards import is_sharded
 
-SAMPLED_WINDOWS, SAMPLED_WINDOW = 128, 256
+SAMPLED_WINDOW = 256
+SAMPLED_AT_ONCE = 128
+"""Windows: their keys and values are in memory together."""
 PROBE_TOKENS = 16_384
 """Tokens that the probes' self-supervised start sees."""
 
@@ -145,7 +147,7 @@ def _learn(
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
     try:
         graded = _model(team, artifact, dense, joint)
-        ids = _windows(team, dense, text, tokens, options.seed, report)
+        ids = _windows(team, dense, text, tokens, options, report)
         ipn = _network(artifact, grid, tables, options)
         for name, group in graded.groups.items():
             group.side_bits += ipn.side_bits(name)
@@ -189,19 +191,35 @@ def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool) -
 
 
 def _windows(
-    team: Parallel, dense: DenseModel, text: str | Path | None, tokens: int, seed: int, report: Report
+    team: Parallel, dense: DenseModel, text: str | Path | None, tokens: int, options: IpnOptions, report: Report
 ) -> torch.Tensor:
     """The training text, i64 [B, N]: windows spread evenly over a file, in an order that is drawn, or sampled."""
+    seed = options.seed
     if text is None:
         window = min(SAMPLED_WINDOW, dense.config.max_position)
-        count = max(3, min(SAMPLED_WINDOWS, tokens // window))
+        # No more than training can look at: a model writes its text slowly.
+        useful = max(options.steps * options.windows, PROBE_TOKENS // window) + MOST_HELD
+        count = max(3, min(useful, tokens // window))
         if not team.main:
             return team.first(torch.zeros(count, window, dtype=torch.int64))
-        return team.first(dense.sample(count, window, seed, lambda n: report("sample", n + 1, window)))
+        return team.first(_sampled(dense, count, window, seed, report))
     window = min(512, dense.config.max_position)
     found = windows_of_file(dense.source, Path(text), windows=max(3, tokens // window))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
     return found[order]
+
+
+def _sampled(dense: DenseModel, count: int, window: int, seed: int, report: Report) -> torch.Tensor:
+    """Text that the model writes, i64 [count, window], some windows at a time."""
+    parts, rounds = [], -(-count // SAMPLED_AT_ONCE)
+    for number in range(rounds):
+        batch = min(SAMPLED_AT_ONCE, count - number * SAMPLED_AT_ONCE)
+
+        def progress(done: int, before: int = number * window) -> None:
+            report("sample", before + done + 1, rounds * window)
+
+        parts.append(dense.sample(batch, window, seed + number * 1_000_003, progress))
+    return torch.cat(parts)
 
 
 def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOptions) -> Ipn:
