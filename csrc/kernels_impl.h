@@ -42,19 +42,25 @@ static void add(const float *x, int64_t n, float *y) {
   for (int64_t i = 0; i < n; i += 16) store_part(y + i, load_part(y + i, n - i) + load_part(x + i, n - i), n - i);
 }
 
-static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y) {
-  int64_t column = 0;
-  const int64_t end = l.outlier_ptr[tile + 1];
-  for (int64_t e = l.outlier_ptr[tile]; e < end; e += 16) {
-    const int64_t n = end - e < 16 ? end - e : 16;
-    float value[16];
-    store(value, load_half_part(l.outlier_value + e, n));
-    for (int64_t i = 0; i < n; ++i) {
-      column += l.outlier_gap[e + i];
-      float &out = y[l.outlier_row[e + i]];
-      out = out + value[i] * a[column];
-    }
+// Entries [e, e + n) of at most 16; returns the last one's column.
+static inline __attribute__((always_inline)) int64_t outliers_at(const lt_linear &l, int64_t e, int64_t n,
+                                                                 int64_t column, const float *a, float *y) {
+  float value[16];
+  store(value, load_half_part(l.outlier_value + e, n));
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) {
+    column += l.outlier_gap[e + i];
+    float &out = y[l.outlier_row[e + i]];
+    out = out + value[i] * a[column];
   }
+  return column;
+}
+
+static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y) {
+  int64_t column = 0, e = l.outlier_ptr[tile];
+  const int64_t end = l.outlier_ptr[tile + 1];
+  for (; e + 16 <= end; e += 16) column = outliers_at(l, e, 16, column, a, y);  // a fixed length: a fifth faster
+  if (e < end) outliers_at(l, e, end - e, column, a, y);
 }
 
 // The same for many tokens at once: a [in, stride] and y [rows, stride] hold the tokens side by side, and stride is a
