@@ -254,7 +254,7 @@ def test_the_l1_loss_and_consistency_train_too(source, tmp_path):
 
 
 def test_a_model_writes_as_much_text_as_training_looks_at(small, monkeypatch):
-    monkeypatch.setattr(run_ipn, "PROBE_TOKENS", 64)  # two windows
+    monkeypatch.setattr(run_ipn, "PROBE_TOKENS", (64, 64))  # two windows
     monkeypatch.setattr(run_ipn, "SAMPLED_AT_ONCE", 4)
     options, told = IpnOptions(steps=3, windows=2, seed=7), []
 
@@ -269,3 +269,13 @@ def test_a_model_writes_as_much_text_as_training_looks_at(small, monkeypatch):
     assert windows(1).shape == (3, 32)
     assert windows(100_000, IpnOptions(steps=0)).shape == (2 + 8, 32)
     assert not torch.equal(windows(8 * 32, IpnOptions(steps=3, windows=2, seed=8)), ids[:8])
+
+
+def test_probes_see_as_much_as_memory_allows(small, monkeypatch):
+    least, most = run_ipn.PROBE_TOKENS
+    assert run_ipn._probe_tokens(small.model) == most  # 2 layers of 32 channels
+    per_token = 2 * 2 * 2 * 32
+    monkeypatch.setattr(run_ipn, "PROBE_BYTES", 20_000 * per_token)
+    assert run_ipn._probe_tokens(small.model) == 20_000
+    monkeypatch.setattr(run_ipn, "PROBE_BYTES", 1)
+    assert run_ipn._probe_tokens(small.model) == least

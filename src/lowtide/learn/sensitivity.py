@@ -86,7 +86,7 @@ def cost(say: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     return (say / say.mean() * torch.exp(-natural)).mean().log() + natural.mean()
 
 
-def fit_probes(ipn: Ipn, seen: Sensitivities, steps: int = 300, seed: int = 0) -> dict[str, float]:
+def fit_probes(ipn: Ipn, seen: Sensitivities, steps: int = 600, seed: int = 0) -> dict[str, float]:
     """Set every probe and mix. Returns each group's `cost` on tokens held out (the last tenth), as a ratio up to 1."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, float] = {}
