@@ -13,6 +13,7 @@ lines touched per token and slice as stored, in that order, and what the bytes r
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,8 @@ def _importances(artifact: Any) -> dict[str, NDArray[np.float16]]:
     return {name: group.importance for name, group in artifact.groups.items() if name != "embed"}
 
 
-def main() -> None:
-    """See the module's text."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model")
@@ -107,13 +108,24 @@ def main() -> None:
     add("--text", required=True, help="held-out text")
     add("--bits", type=float, default=3.0)
     add("--tokens", type=int, default=512, help="of calibration; a quarter of it is measured")
-    add("--every", type=int, default=4, help="layers between two that are counted")
-    add("--label", default="model", help="name of the results file")
-    options = parser.parse_args()
+    add("--every", type=int, default=4, help="layers from one that is counted to the next")
+    add("--label", help="name of the results file; the model's by default")
+    add("--quick", action="store_true", help="64 tokens: a trial run")
+    add("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args(argv)
+    options.tokens = min(options.tokens, 64) if options.quick else options.tokens
+    options.label = options.label or Path(options.model).stem
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    options = arguments(argv)
     try:
         rows = measure(options)
     except LowtideError as error:
-        sys.exit(f"error: {error}")
+        print(f"channel_order: error: {error}", file=sys.stderr)
+        return 2
     cells = [
         (
             r["matrix"],
@@ -123,16 +135,17 @@ def main() -> None:
             f"{r['lines']:.0f}",
             f"{r['lines_ordered']:.0f}",
             f"{r['lines_least']:.0f}",
-            f"{1 - r['lines_ordered'] / r['lines']:.1%}",
+            f"{1 - r['lines_ordered'] / max(r['lines'], 1e-9):.1%}",
         )
         for r in rows
     ]
-    total = sum(r["lines_ordered"] for r in rows) / sum(r["lines"] for r in rows)
+    total = sum(r["lines_ordered"] for r in rows) / max(sum(r["lines"] for r in rows), 1e-9)
     table = common.markdown(COLUMNS, cells) + f"\n\nAll of them: {1 - total:.1%} fewer lines in that order."
-    print(table)
-    result = common.report({"model": options.label, "bits": options.bits, "rows": rows})
-    print(common.save(f"channel-order-{options.label}", result, table), file=sys.stderr)
+    name = f"channel-order-{options.label}" + ("-quick" if options.quick else "")
+    path = common.save(name, common.report({"model": options.label, "bits": options.bits, "rows": rows}), table)
+    print(json.dumps(rows, indent=2) if options.json else f"{table}\n\n{path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the engine's options cost in quality: keys and values in 8 bits, and the output head read in two passes.
 
-    python benchmarks/options.py smollm2.lowtide smollm2-f16.gguf --text wiki.test.txt --bits 2.5,3 --heads "2,4;2.5,4"
+    python benchmarks/engine_options.py smollm2.lowtide smollm2.gguf --text wiki.test.txt --heads "2,4;2.5,4"
 
 KL to the dense model and perplexity as in `lowtide eval`; read, total counts the head and the embedding's row too. The
 cache's bytes are those of one token, all layers. Greedy: tokens whose likeliest successor is another one when the head
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import common
@@ -36,13 +38,37 @@ from lowtide.runtime.model import load_tokenizer
 COLUMNS = ("cache", "head", "bits", "read, body", "read, total", "KL", "perplexity", "cache bytes", "greedy changed")
 
 
-def main() -> None:
-    """See the module's text."""
-    options = _options()
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("artifact")
+    add("reference", help="the model it was made from")
+    add("--text", required=True, help="held-out text file")
+    add("--windows", type=int, default=4)
+    add("--window", type=int, default=512)
+    add("--bits", default="2.5,3", help="budgets in bits read per body weight")
+    add("--heads", default="2.5,4", help="OFFSET,MARGIN pairs, separated by semicolons")
+    add("--policy", help="mask rule; the artifact's first by default")
+    add("--threads", type=int)
+    add("--label", help="name of the results file; the artifact's by default")
+    add("--quick", action="store_true", help="one window of 128 tokens: a trial run")
+    add("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.windows, options.window = 1, min(options.window, 128)
+    options.label = options.label or Path(options.artifact).stem
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    options = arguments(argv)
     try:
         rows = measure(options)
     except LowtideError as error:
-        sys.exit(f"error: {error}")
+        print(f"engine_options: error: {error}", file=sys.stderr)
+        return 2
     cells = [
         (
             f"{r['cache_bits']} bits",
@@ -58,32 +84,17 @@ def main() -> None:
         for r in rows
     ]
     table = common.markdown(COLUMNS, cells)
-    print(table)
-    result = common.report({"model": options.label, "rows": rows})
-    print(common.save(f"options-{options.label}", result, table), file=sys.stderr)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("artifact")
-    add("reference", help="the model it was made from")
-    add("--text", required=True, help="held-out text file")
-    add("--windows", type=int, default=4)
-    add("--window", type=int, default=512)
-    add("--bits", default="2.5,3", help="budgets in bits read per body weight")
-    add("--heads", default="2.5,4", help="OFFSET,MARGIN pairs, separated by semicolons")
-    add("--policy", help="mask rule; the artifact's first by default")
-    add("--threads", type=int)
-    add("--label", default="model", help="name of the results file")
-    return parser.parse_args()
+    name = f"engine-options-{options.label}" + ("-quick" if options.quick else "")
+    path = common.save(name, common.report({"model": options.label, "rows": rows}), table)
+    print(json.dumps(rows, indent=2) if options.json else f"{table}\n\n{path}")
+    return 0
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of both options against the defaults."""
     artifact = open_artifact(options.artifact)
-    heads = [h.strip() for h in options.heads.split(";")]
-    cases = [(16, "once"), (8, "once"), *((16, head) for head in heads)]
+    cases = [(16, "once"), (8, "once"), *((16, head.strip()) for head in options.heads.split(";"))]
+    heads = {head: parse_head(head) for _, head in cases}  # a wrong one is told now, not after the first case
     budgets = [b for b in parse_bits_list(options.bits) if b is not None]
     rows = []
     for cache_bits, head in cases:
@@ -98,11 +109,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             policy=options.policy,
             threads=options.threads,
             cache_bits=cache_bits,
-            head=parse_head(head),
+            head=heads[head],
             progress=False,
         )
         for point in found["points"]:
-            changed = None if head == "once" else greedy_changes(artifact, options, point["bits"], parse_head(head))
+            changed = None if head == "once" else greedy_changes(artifact, options, point["bits"], heads[head])
             about = {"cache_bits": cache_bits, "head": head, "cache_bytes": cache_bytes(artifact, cache_bits)}
             rows.append(about | point | {"greedy_changed": changed, "tokens": found["windows"] * found["window"]})
     return rows
@@ -142,4 +153,4 @@ def greedy_changes(artifact: Artifact, options: argparse.Namespace, bits: float,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
