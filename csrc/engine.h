@@ -22,7 +22,7 @@ struct AlignedInts {
 };
 
 struct AlignedPanel {
-  alignas(64) float values[kDepth * 64];
+  alignas(64) float values[kDepth * 256];
   float *data() { return values; }
 };
 
@@ -49,8 +49,8 @@ struct Worker {
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
   std::vector<float> scratch;    // attention scores
   AlignedPanel panel;            // prefill: unpacked weights
-  std::vector<float> block;        // prefill: one tile of the output
-  std::vector<float> corrections;  // prefill: what its outliers add
+  std::vector<float> block;      // prefill: one tile of the output
+  std::vector<float> centred;    // prefill: [16, in] of 16 tokens
 };
 
 // One text: its KV cache, and what one of its tokens is on its way through the layers.
@@ -120,9 +120,8 @@ class Engine {
   std::vector<float> ones_;                         // [intermediate]
   std::vector<char> by_entries_;                    // [groups] whether threads share out entries and not rows
   // Prefill buffers, [chunk, ...]
-  std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
+  std::vector<float> px_, pnormed_, pacross_, pscale_, psum_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
   std::vector<int8_t> pquantised_;
-  std::vector<int32_t> psum_;
 };
 
 // A run of the group's tiles, counted through all its linear layers, for each thread; near equal in rows.
@@ -136,7 +135,7 @@ constexpr int64_t kShortRun = 256;
 constexpr int kMaxSharers = 64;
 bool shares_entries(const lt_group &g, int threads);
 
-constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a multiple of 16
+constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a multiple of kSide
 inline int64_t blocks_of(int64_t in) { return (in + kDepth - 1) / kDepth; }
 
 }  // namespace lowtide
