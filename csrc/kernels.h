@@ -14,6 +14,8 @@ constexpr int64_t kAheadBytes = 6144;
 constexpr int64_t kAhead = 8;
 // Prefill quantises inputs in blocks of this many channels; a block's sums of products stay exact in a float.
 constexpr int64_t kDepth = 128;
+// Attention takes at most this many queries at once.
+constexpr int64_t kQueries = 8;
 // Outliers and exact channels take this many tokens side by side.
 constexpr int64_t kSide = 32;
 // An int8 coefficient reaches this many times as far as the mean of its class; larger ones are entered several times.
@@ -81,10 +83,11 @@ struct Kernels {
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*add)(const float *x, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);
-  // queries [heads, head_dim] against the cache of the KV head they share, n positions; scratch f32 [4, n rounded up
-  // to 16].
-  void (*attention)(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
-                    float *scratch, float *out);
+  // queries [tokens, heads, head_dim], tokens `stride` floats apart (so is the output), against the cache of the KV head
+  // they share: n positions for the first token, one more for each further one; scratch f32 [kQueries, n of the last
+  // token rounded up to 16].
+  void (*attention)(const float *queries, int64_t tokens, int64_t stride, int64_t heads, int64_t head_dim,
+                    const HeadCache &cache, int64_t n, float *scratch, float *out);
   void (*store_kv)(const float *k, const float *v, int64_t head_dim, int64_t position, const HeadCache &cache);
   // One embedding row.
   void (*embed)(const lt_group &g, const lt_linear &l, int64_t row, float *y);

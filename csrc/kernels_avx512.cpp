@@ -237,6 +237,8 @@ static void multiply(const lt_group &g, const int8_t *q, const float *scale, con
     int64_t i = 0;
     for (; i + kRows <= m; i += kRows)
       multiply_rows<kRows>(q + i * lowtide::kDepth, scale + i, sum + i, middle, p, y + i * 64);
+    for (; i + 2 <= m; i += 2)
+      multiply_rows<2>(q + i * lowtide::kDepth, scale + i, sum + i, middle, p, y + i * 64);
     for (; i < m; ++i) multiply_rows<1>(q + i * lowtide::kDepth, scale + i, sum + i, middle, p, y + i * 64);
   }
 }

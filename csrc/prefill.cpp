@@ -85,10 +85,10 @@ void Engine::prefill_chunk(int tid, Sequence &seq, const int32_t *tokens, int64_
       }
     }
     pool_.barrier();
-    for (int64_t i = tid; i < n; i += threads)
+    for (int64_t i = tid * kQueries; i < n; i += threads * kQueries)  // whole groups of queries, whatever the heads
       for (int64_t h = 0; h < m.kv_heads; ++h)
-        k_.attention(q + i * q_rows + h * per * hd, per, hd, seq.cache(layer, h), position + i + 1,
-                     workers_[tid].scratch.data(), pattended_.data() + i * q_rows + h * per * hd);
+        k_.attention(q + i * q_rows + h * per * hd, std::min(kQueries, n - i), q_rows, per, hd, seq.cache(layer, h),
+                     position + i + 1, workers_[tid].scratch.data(), pattended_.data() + i * q_rows + h * per * hd);
     pool_.barrier();
     float *const residual[1] = {px_.data()};
     dense(tid, group + kO, pattended_.data(), n, residual, true);
