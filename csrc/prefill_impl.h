@@ -128,13 +128,22 @@ static void side_by_side(const float *a, int64_t in, float *to) {
 
 // What the tile's outliers add to kSide tokens: a [in, kSide], y [rows, kSide].
 static void outliers_of_many(const lt_linear &l, int64_t tile, const float *a, float *y) {
-  int64_t column = 0;
-  for (int64_t e = l.outlier_ptr[tile]; e < l.outlier_ptr[tile + 1]; ++e) {
-    column += l.outlier_gap[e];
-    const float value = half_to_float(l.outlier_value[e]);
-    const float *from = a + column * kSide;
-    float *to = y + l.outlier_row[e] * kSide;
-    for (int64_t i = 0; i < kSide; i += 16) store(to + i, load(to + i) + load(from + i) * value);
+  constexpr int64_t kBatch = 32;  // whose inputs are asked for at once
+  const int64_t end = l.outlier_ptr[tile + 1];
+  const float *from = a;
+  for (int64_t e = l.outlier_ptr[tile]; e < end; e += kBatch) {
+    const int64_t n = end - e < kBatch ? end - e : kBatch;
+    const float *input[kBatch];
+    float value[kBatch];
+    for (int64_t i = 0; i < n; ++i) {
+      input[i] = from += l.outlier_gap[e + i] * kSide;
+      for (int64_t k = 0; k < kSide; k += 16) __builtin_prefetch(from + k);
+    }
+    for (int64_t i = 0; i < n; i += 16) store(value + i, load_half_part(l.outlier_value + e + i, n - i));
+    for (int64_t i = 0; i < n; ++i) {
+      float *to = y + l.outlier_row[e + i] * kSide;
+      for (int64_t k = 0; k < kSide; k += 16) store(to + k, load(to + k) + load(input[i] + k) * value[i]);
+    }
   }
 }
 
