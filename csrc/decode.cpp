@@ -245,7 +245,7 @@ void Engine::attend(int tid, Sequence &s, int64_t layer, int64_t position) {
   const int64_t begin = model_.heads * tid / pool_.size(), end = model_.heads * (tid + 1) / pool_.size();
   for (int64_t h = begin; h < end;) {
     const int64_t kv = h / per, stop = std::min(end, (kv + 1) * per);
-    k_.attention(s.qkv_.data() + h * hd, stop - h, hd, s.cache(layer, kv), position + 1,
+    k_.attention(s.qkv_.data() + h * hd, 1, 0, stop - h, hd, s.cache(layer, kv), position + 1,
                  workers_[tid].scratch.data(), s.attended_.data() + h * hd);
     h = stop;
   }

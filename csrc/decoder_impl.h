@@ -89,23 +89,36 @@ static float softmax(float *score, int64_t n) {
   return 1.0f / sum_lanes(load(lane));
 }
 
+// The queries of several tokens and heads that share a cache: token i attends to the first n + i positions.
+struct Queries {
+  const float *queries;  // [tokens, stride] from the first of these heads on
+  float *out;            // the same
+  int64_t stride, heads, head_dim, n;
+  int64_t offset(int64_t i) const { return i / heads * stride + i % heads * head_dim; }
+  int64_t positions(int64_t i) const { return n + i / heads; }
+};
+
+// Queries [first, first + kGroup), counted through the tokens' heads, share the cache's loads.
 template <int kGroup, typename Cached>
-static void attend(const float *queries, int64_t head_dim, const HeadCache &cache, int64_t n, float *scratch,
-                   float *out) {
+static void attend(const Queries &q, int64_t first, const HeadCache &cache, float *scratch) {
   const Cached *keys = (const Cached *)cache.keys, *values = (const Cached *)cache.values;
-  const int64_t stride = (n + 15) / 16 * 16, row = padded_head(head_dim);
+  const int64_t head_dim = q.head_dim, common = q.positions(first), most = q.positions(first + kGroup - 1);
+  const int64_t stride = (most + 15) / 16 * 16, row = padded_head(head_dim);
   const float scale = 1.0f / std::sqrt((float)head_dim);
-  for (int64_t t = 0; t < n; t += 16) {
+  const float *query[kGroup];
+  for (int g = 0; g < kGroup; ++g) query[g] = q.queries + q.offset(first + g);
+  for (int64_t t = 0; t < most; t += 16) {
     f32x16 acc[kGroup] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
       const f32x16 k = load_cached(keys + t * head_dim + d * 16);
-      for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + k * queries[g * head_dim + d];
+      for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + k * query[g][d];
     }
     const f32x16 unit = cache.key_scale ? load(cache.key_scale + t) * scale : splat(scale);
     for (int g = 0; g < kGroup; ++g) store(scratch + g * stride + t, acc[g] * unit);
   }
   float inverse[kGroup];
   for (int g = 0; g < kGroup; ++g) {
+    const int64_t n = q.positions(first + g);
     inverse[g] = softmax(scratch + g * stride, n);
     if (cache.value_scale)
       for (int64_t t = 0; t < n; t += 16)
@@ -113,37 +126,43 @@ static void attend(const float *queries, int64_t head_dim, const HeadCache &cach
   }
   for (int64_t d = 0; d < head_dim; d += 16) {
     f32x16 acc[kGroup] = {};
-    for (int64_t t = 0; t < n; ++t) {
+    for (int64_t t = 0; t < common; ++t) {
       const f32x16 v = load_cached(values + t * row + d);
       for (int g = 0; g < kGroup; ++g) acc[g] = acc[g] + v * scratch[g * stride + t];
     }
-    for (int g = 0; g < kGroup; ++g) store_part(out + g * head_dim + d, acc[g] * inverse[g], head_dim - d);
-  }
-}
-
-template <typename Cached>
-static void attend_heads(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
-                         float *scratch, float *out) {
-  while (heads > 0) {  // heads that share a cache share its loads, up to four at a time
-    const int64_t step = heads >= 4 ? 4 : heads;
-    switch (step) {
-      case 1: attend<1, Cached>(queries, head_dim, cache, n, scratch, out); break;
-      case 2: attend<2, Cached>(queries, head_dim, cache, n, scratch, out); break;
-      case 3: attend<3, Cached>(queries, head_dim, cache, n, scratch, out); break;
-      default: attend<4, Cached>(queries, head_dim, cache, n, scratch, out);
+    alignas(64) float sums[kGroup * 16];
+    for (int g = 0; g < kGroup; ++g) store(sums + g * 16, acc[g]);
+    for (int g = 0; g < kGroup; ++g) {
+      f32x16 sum = load(sums + g * 16);
+      for (int64_t t = common; t < q.positions(first + g); ++t)
+        sum = sum + load_cached(values + t * row + d) * scratch[g * stride + t];
+      store_part(q.out + q.offset(first + g) + d, sum * inverse[g], head_dim - d);
     }
-    queries += step * head_dim;
-    out += step * head_dim;
-    heads -= step;
   }
 }
 
-static void attention(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
-                      float *scratch, float *out) {
-  if (cache.key_scale) {
-    attend_heads<int8_t>(queries, heads, head_dim, cache, n, scratch, out);
-  } else {
-    attend_heads<uint16_t>(queries, heads, head_dim, cache, n, scratch, out);
+#if defined(__AVX512F__)
+constexpr int kTogether = lowtide::kQueries;
+#else
+constexpr int kTogether = 4;  // as many sums as there are registers for
+#endif
+
+template <int kGroup, typename Cached>
+static void attend_some(const Queries &q, int64_t first, int64_t count, const HeadCache &cache, float *scratch) {
+  if (count == kGroup) return attend<kGroup, Cached>(q, first, cache, scratch);
+  if constexpr (kGroup > 1) attend_some<kGroup - 1, Cached>(q, first, count, cache, scratch);
+}
+
+static void attention(const float *queries, int64_t tokens, int64_t stride, int64_t heads, int64_t head_dim,
+                      const HeadCache &cache, int64_t n, float *scratch, float *out) {
+  const Queries q{queries, out, stride, heads, head_dim, n};
+  for (int64_t i = 0; i < tokens * heads; i += kTogether) {
+    const int64_t count = tokens * heads - i < kTogether ? tokens * heads - i : kTogether;
+    if (cache.key_scale) {
+      attend_some<kTogether, int8_t>(q, i, count, cache, scratch);
+    } else {
+      attend_some<kTogether, uint16_t>(q, i, count, cache, scratch);
+    }
   }
 }
 

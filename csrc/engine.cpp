@@ -63,7 +63,7 @@ Engine::Engine(const lt_model &model, int threads, const Kernels *kernels)
     for (auto &buffer : w.partial) buffer.resize(sums ? (size_t)sums + 16 : 0);
     w.normed.resize((size_t)m.hidden);
     w.hidden.resize((size_t)m.intermediate);
-    w.scratch.resize((size_t)(4 * ((m.max_context + 15) / 16 * 16)));
+    w.scratch.resize((size_t)(kQueries * ((m.max_context + 15) / 16 * 16)));
   }
 }
 

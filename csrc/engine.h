@@ -21,8 +21,24 @@ struct AlignedInts {
   int32_t *data() { return values; }
 };
 
+// Memory of vectors that starts on a cache line: no load or store of 64 bytes then straddles two, and threads that write
+// different lines do not share one.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U> &) {}
+  T *allocate(size_t n) { return (T *)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T *p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const LineAllocator &) const { return true; }
+  bool operator!=(const LineAllocator &) const { return false; }
+};
+template <typename T>
+using Lines = std::vector<T, LineAllocator<T>>;
+
 struct AlignedPanel {
-  alignas(64) float values[kDepth * 64];
+  alignas(64) float values[kDepth * 256];
   float *data() { return values; }
 };
 
@@ -47,10 +63,10 @@ struct Worker {
     return (int32_t *)(((uintptr_t)partial[which].data() + 63) / 64 * 64);
   }
   AlignedInts acc;               // [kPassTiles * 256] sums of the digit product
-  std::vector<float> scratch;    // attention scores
+  Lines<float> scratch;          // attention scores
   AlignedPanel panel;            // prefill: unpacked weights
-  std::vector<float> block;        // prefill: one tile of the output
-  std::vector<float> corrections;  // prefill: what its outliers add
+  Lines<float> block;            // prefill: one tile of the output
+  Lines<float> centred;          // prefill: [16, in] of 16 tokens
 };
 
 // One text: its KV cache, and what one of its tokens is on its way through the layers.
@@ -120,9 +136,8 @@ class Engine {
   std::vector<float> ones_;                         // [intermediate]
   std::vector<char> by_entries_;                    // [groups] whether threads share out entries and not rows
   // Prefill buffers, [chunk, ...]
-  std::vector<float> px_, pnormed_, pcentred_, pacross_, pscale_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
-  std::vector<int8_t> pquantised_;
-  std::vector<int32_t> psum_;
+  Lines<float> px_, pnormed_, pacross_, pscale_, psum_, pqkv_, pattended_, pgate_up_, phidden_, pcos_, psin_;
+  Lines<int8_t> pquantised_;
 };
 
 // A run of the group's tiles, counted through all its linear layers, for each thread; near equal in rows.
@@ -136,7 +151,7 @@ constexpr int64_t kShortRun = 256;
 constexpr int kMaxSharers = 64;
 bool shares_entries(const lt_group &g, int threads);
 
-constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a multiple of 16
+constexpr int64_t kChunk = 128;  // prefill: tokens per pass over the weights, a multiple of kSide
 inline int64_t blocks_of(int64_t in) { return (in + kDepth - 1) / kDepth; }
 
 }  // namespace lowtide

@@ -14,6 +14,10 @@ constexpr int64_t kAheadBytes = 6144;
 constexpr int64_t kAhead = 8;
 // Prefill quantises inputs in blocks of this many channels; a block's sums of products stay exact in a float.
 constexpr int64_t kDepth = 128;
+// Attention takes at most this many queries at once.
+constexpr int64_t kQueries = 8;
+// Outliers and exact channels take this many tokens side by side.
+constexpr int64_t kSide = 32;
 // An int8 coefficient reaches this many times as far as the mean of its class; larger ones are entered several times.
 // Their entries are at most 1 / kRange + 1 / 254 of the class.
 constexpr float kRange = 4.0f;
@@ -79,29 +83,32 @@ struct Kernels {
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*add)(const float *x, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);
-  // queries [heads, head_dim] against the cache of the KV head they share, n positions; scratch f32 [4, n rounded up
-  // to 16].
-  void (*attention)(const float *queries, int64_t heads, int64_t head_dim, const HeadCache &cache, int64_t n,
-                    float *scratch, float *out);
+  // queries [tokens, heads, head_dim], tokens `stride` floats apart (so is the output), against the cache of the KV head
+  // they share: n positions for the first token, one more for each further one; scratch f32 [kQueries, n of the last
+  // token rounded up to 16].
+  void (*attention)(const float *queries, int64_t tokens, int64_t stride, int64_t heads, int64_t head_dim,
+                    const HeadCache &cache, int64_t n, float *scratch, float *out);
   void (*store_kv)(const float *k, const float *v, int64_t head_dim, int64_t position, const HeadCache &cache);
   // One embedding row.
   void (*embed)(const lt_group &g, const lt_linear &l, int64_t row, float *y);
-  // Prefill: one token's centred input a [in] becomes int8 values q [in rounded up to kDepth], zero beyond in, with a
-  // scale and a sum of the q for each kDepth channels. value_j = a_j * c_j * gamma_S; exact channels count as 0.
-  void (*quantise)(const lt_group &g, const float *x, float *a, int8_t *q, float *scale, int32_t *sum);
-  // Prefill: the codes of rows [row, row + 64) of one tile for channels [from, from + kDepth), in the order that
-  // multiply() of the same instruction set wants; panel holds kDepth * 64 floats.
-  void (*unpack)(const lt_group &g, const lt_linear &l, int64_t tile, int64_t row, int64_t from, void *panel);
-  // Prefill: y[t][64] += scale[t] * (2 * sum_j q[t][j] code[j][row] - middle * sum[t]) for tokens t < m, where scale and
-  // sum have the stride `blocks` and q the stride blocks * kDepth.
-  void (*multiply)(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m, int32_t middle,
+  // Prefill: one token's input x [in] becomes a = x - mean, f32 [in], and int8 values q [blocks of kDepth channels]
+  // [kDepth], zero beyond in, with a scale and the sum of the q for each block; blocks are `stride` tokens apart.
+  // value_j = a_j * c_j * gamma_S; exact channels count as 0.
+  void (*quantise)(const lt_group &g, const float *x, int64_t stride, float *a, int8_t *q, float *scale, float *sum);
+  // Prefill: 16 tokens' a [16, in] side by side, to [in, kSide]; a may be read up to 15 floats beyond its end.
+  void (*side_by_side)(const float *a, int64_t in, float *to);
+  // Prefill: the codes of one tile for channels [from, from + kDepth), in the order that multiply() of the same
+  // instruction set wants; panel holds kDepth * 256 floats.
+  void (*unpack)(const lt_group &g, const lt_linear &l, int64_t tile, int64_t from, void *panel);
+  // Prefill: y[part of 64 rows][t][64] += scale[t] * (sum_j q[t][j] code[j][row] - middle / 2 * sum[t]) for tokens t < m
+  // and the tile's `width` rows.
+  void (*multiply)(const lt_group &g, const int8_t *q, const float *scale, const float *sum, int64_t m, int64_t width,
                    const void *panel, float *y);
-  // Prefill: y [rows, stride] += the tile's outliers times a [in, stride], n tokens side by side.
-  void (*outliers)(const lt_linear &l, int64_t tile, const float *a, int64_t n, int64_t stride, float *y);
-  // Prefill: row scale, bias, outliers and exact channels for one token's tile; centred input a [in]. Its outliers are
-  // corrections[row * stride].
-  void (*finish)(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, const float *corrections,
-                 int64_t stride, float *y);
+  // Prefill: the rest for up to kSide tokens of one tile: row scales, bias, outliers and exact channels. Centred inputs
+  // a [in, kSide]; products [part of 64 rows][token][64], parts `stride` floats apart; y [token][out] from the tile's
+  // first row on is set, or added to.
+  void (*finish)(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, const float *products,
+                 int64_t stride, int64_t n, bool accumulate, float *y);
   float (*sum)(const void *p, int64_t bytes);  // reads every line once
 };
 

@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C (Haswell, Zen and later).
 #define LT_NS lowtide_avx2
 #define LT_NAME "avx2"
+#define LT_OWN_GEMM
 #include <immintrin.h>
 
 #include <cstring>
@@ -109,6 +110,7 @@ static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *co
 }  // namespace LT_NS
 
 #include "kernels_impl.h"
+#include "prefill_avx2.h"
 
 namespace lowtide {
 const Kernels *avx2_kernels() {

@@ -63,33 +63,14 @@ static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y)
   if (e < end) outliers_at(l, e, end - e, column, a, y);
 }
 
-// The same for many tokens at once: a [in, stride] and y [rows, stride] hold the tokens side by side, and stride is a
-// multiple of 16.
-static void outliers_of_many(const lt_linear &l, int64_t tile, const float *a, int64_t n, int64_t stride, float *y) {
-  int64_t column = 0;
-  for (int64_t e = l.outlier_ptr[tile]; e < l.outlier_ptr[tile + 1]; ++e) {
-    column += l.outlier_gap[e];
-    const float value = half_to_float(l.outlier_value[e]);
-    const float *from = a + column * stride;
-    float *to = y + l.outlier_row[e] * stride;
-    for (int64_t i = 0; i < n; i += 16) store(to + i, load(to + i) + load(from + i) * value);
-  }
-}
-
-// Row scales, bias and exact channels of one tile, and between them, as the specification orders it, its outliers:
-// from `corrections` (one for each row, `stride` floats apart) if given, else added one by one.
-static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t tile, const float *a,
-                              const float *corrections, int64_t stride, float *y) {
+// Row scales, bias and exact channels of one tile, and between them, as the specification orders it, its outliers.
+static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y) {
   const Tiling t(l.out);
   const int64_t first = t.first(tile), rows = t.rows(tile);
   for (int64_t i = 0; i < rows; i += 16)
     store_part(y + i, load_part(y + i, rows - i) * load_half_part(l.row_scale + first + i, rows - i) +
                           load_half_part(l.bias + first + i, rows - i), rows - i);
-  if (corrections) {
-    for (int64_t i = 0; i < rows; ++i) y[i] = y[i] + corrections[i * stride];
-  } else {
-    outliers(l, tile, a, y);
-  }
+  outliers(l, tile, a, y);
   for (int64_t e = 0; e < g.exact_count; ++e) {
     const float x = a[g.exact_channels[e]];
     const uint16_t *column = l.exact + e * l.out + first;
@@ -118,7 +99,7 @@ static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &
                         bool accumulate, float *sum, float *y) {
   const Tiling t(l.out);
   for (int64_t i = begin; i < end; ++i) {
-    scale_and_correct(g, l, i, s.a.data(), nullptr, 0, sum);
+    scale_and_correct(g, l, i, s.a.data(), sum);
     float *to = y + t.first(i) - t.first(begin);
     if (accumulate) {
       add(sum, t.rows(i), to);
@@ -195,7 +176,7 @@ static float sum(const void *p, int64_t bytes) {
 }
 
 static const Kernels kTable = {LT_NAME,  select,    offsets,  scores,   probe, waterline, tiles, partial, combine, rmsnorm,          swiglu,            add,
-                               rope,     attention, store_kv, embed, quantise,  unpack, multiply, outliers_of_many,
-                               scale_and_correct, sum};
+                               rope,     attention, store_kv, embed, quantise,  side_by_side, unpack, multiply,
+                               finish, sum};
 
 }  // namespace LT_NS

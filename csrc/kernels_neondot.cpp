@@ -93,13 +93,13 @@ namespace LT_NS {
 // ---- prefill: int8 products. The panel holds, for each four channels, 64 rows as quads. sdot takes signed bytes, so
 // the panel holds code - 128, and multiply() adds 128 times the sum of the inputs.
 
-static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t row, int64_t from, void *panel) {
+static void unpack(const lt_group &g, const lt_linear &l, int64_t index, int64_t from, void *panel) {
   const Tiling t(l.out);
-  const int64_t bytes = t.width(index) / 4, run = t.run_bytes(), plane = run * g.in;
+  const int64_t width = t.width(index), bytes = width / 4, run = t.run_bytes(), plane = run * g.in;
   const uint8_t *base = l.weight + t.byte_offset(index);
-  uint8_t *to = (uint8_t *)panel;
   for (int64_t j = from; j < from + kDepth; j += 4)
-    for (int64_t r = row; r < row + 64; r += 16, to += 64) {
+    for (int64_t r = 0; r < width; r += 16) {
+      uint8_t *to = (uint8_t *)panel + r / 64 * 64 * kDepth + (j - from) * 64 + r % 64 * 4;
       uint8x16_t line[4], quad[4];
       for (int i = 0; i < 4; ++i) {
         u8x16 code{};
@@ -121,8 +121,8 @@ static inline void add_quad(int32x4_t (&acc)[kRows][kVectors], const int8x16_t *
 }
 
 template <int kRows>
-static inline void multiply_rows(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks,
-                                 int32_t middle, const int8_t *panel, float *y) {
+static inline void multiply_rows(const int8_t *q, const float *scale, const float *sum, float middle,
+                                 const int8_t *panel, float *y) {
   constexpr int kVectors = kRows == 1 ? 8 : 2;  // sums and inputs of all tokens stay in registers
   for (int column = 0; column < 64; column += kVectors * 4) {
     int32x4_t acc[kRows][kVectors];
@@ -131,31 +131,32 @@ static inline void multiply_rows(const int8_t *q, const float *scale, const int3
     const int8_t *p = panel + column * 4;
     for (int64_t j = 0; j < kDepth; j += 16, p += 4 * 256) {
       int8x16_t x[kRows];
-      for (int i = 0; i < kRows; ++i) x[i] = vld1q_s8(q + i * blocks * kDepth + j);
+      for (int i = 0; i < kRows; ++i) x[i] = vld1q_s8(q + i * kDepth + j);
       add_quad<0>(acc, x, p);
       add_quad<1>(acc, x, p);
       add_quad<2>(acc, x, p);
       add_quad<3>(acc, x, p);
     }
     for (int i = 0; i < kRows; ++i) {
-      const int32x4_t shift = vdupq_n_s32((256 - middle) * sum[i * blocks]);
+      const float32x4_t shift = vdupq_n_f32((128 - middle) * sum[i]);
       for (int v = 0; v < kVectors; ++v) {
         float *to = y + i * 64 + column + v * 4;
-        const float32x4_t whole = vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(acc[i][v], 1), shift));
-        vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_n_f32(whole, scale[i * blocks])));
+        const float32x4_t whole = vaddq_f32(vcvtq_f32_s32(acc[i][v]), shift);
+        vst1q_f32(to, vaddq_f32(vld1q_f32(to), vmulq_n_f32(whole, scale[i])));
       }
     }
   }
 }
 
-static void multiply(const int8_t *q, const float *scale, const int32_t *sum, int64_t blocks, int64_t m,
-                     int32_t middle, const void *panel, float *y) {
-  const int8_t *p = (const int8_t *)panel;
-  int64_t i = 0;
-  for (; i + 8 <= m; i += 8)
-    multiply_rows<8>(q + i * blocks * kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
-  for (; i < m; ++i)
-    multiply_rows<1>(q + i * blocks * kDepth, scale + i * blocks, sum + i * blocks, blocks, middle, p, y + i * 64);
+static void multiply(const lt_group &g, const int8_t *q, const float *scale, const float *sum, int64_t m, int64_t width,
+                     const void *panel, float *y) {
+  const float middle = 0.5f * (float)lowtide::doubled_centre(g);
+  for (int64_t part = 0; part < width; part += 64, y += m * 64) {
+    const int8_t *p = (const int8_t *)panel + part * kDepth;
+    int64_t i = 0;
+    for (; i + 8 <= m; i += 8) multiply_rows<8>(q + i * kDepth, scale + i, sum + i, middle, p, y + i * 64);
+    for (; i < m; ++i) multiply_rows<1>(q + i * kDepth, scale + i, sum + i, middle, p, y + i * 64);
+  }
 }
 
 }  // namespace LT_NS

@@ -1,43 +1,43 @@
 // Many tokens at once: every weight is unpacked once per chunk of tokens and multiplied with int8 inputs.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "engine.h"
 
 namespace lowtide {
 
-// Every token's input as int8 in blocks of kDepth channels, and the plain x - mean, which outliers and exact channels
-// are multiplied with.
+// Every token's input as int8, [block of kDepth channels][token][kDepth], and the plain x - mean, which outliers and
+// exact channels are multiplied with, [kSide tokens][in][kSide].
 void Engine::centre(int tid, const lt_group &g, const float *x, int64_t n) {
-  const int64_t begin = n * tid / pool_.size(), end = n * (tid + 1) / pool_.size(), blocks = blocks_of(g.in);
-  for (int64_t i = begin; i < end; ++i)
-    k_.quantise(g, x + i * g.in, pcentred_.data() + i * g.in, pquantised_.data() + i * blocks * kDepth,
-                pscale_.data() + i * blocks, psum_.data() + i * blocks);
-  for (int64_t j = 0; j < g.in; ++j)  // tokens side by side, for the outliers
-    for (int64_t i = begin; i < end; ++i) pacross_[(size_t)(j * kChunk + i)] = pcentred_[(size_t)(i * g.in + j)];
+  const int64_t groups = (n + 15) / 16;
+  float *const a = workers_[tid].centred.data();
+  for (int64_t group = groups * tid / pool_.size(); group < groups * (tid + 1) / pool_.size(); ++group) {
+    const int64_t first = group * 16, count = std::min<int64_t>(16, n - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = first + i;
+      k_.quantise(g, x + token * g.in, kChunk, a + i * g.in, pquantised_.data() + token * kDepth,
+                  pscale_.data() + token, psum_.data() + token);
+    }
+    k_.side_by_side(a, g.in, pacross_.data() + first / kSide * kSide * g.in + first % kSide);
+  }
   pool_.barrier();
 }
 
-// One tile for all tokens: `rows` tokens' products in w.block, [part of 64 rows][token][64].
+// One tile for all tokens: their products in w.block, [part of 64 rows][token][64].
 void Engine::dense_tile(Worker &w, const lt_group &g, const lt_linear &l, int64_t tile, int64_t n) {
   const int64_t width = Tiling(l.out).width(tile), blocks = blocks_of(g.in);
-  const int32_t middle = doubled_centre(g);
   std::fill(w.block.begin(), w.block.begin() + n * width, 0.0f);
-  for (int64_t part = 0; part < width; part += 64)
-    for (int64_t b = 0; b < blocks; ++b) {
-      k_.unpack(g, l, tile, part, b * kDepth, w.panel.data());
-      k_.multiply(pquantised_.data() + b * kDepth, pscale_.data() + b, psum_.data() + b, blocks, n, middle,
-                  w.panel.data(), w.block.data() + part * n);
-    }
+  for (int64_t b = 0; b < blocks; ++b) {
+    k_.unpack(g, l, tile, b * kDepth, w.panel.data());
+    k_.multiply(g, pquantised_.data() + b * kChunk * kDepth, pscale_.data() + b * kChunk, psum_.data() + b * kChunk, n,
+                width, w.panel.data(), w.block.data());
+  }
 }
 
 void Engine::dense(int tid, int64_t group, const float *x, int64_t n, float *const *y, bool accumulate) {
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
   centre(tid, g, x, n);
-  // The code is a whole number; its unit in the last slice is 4^-(S-1).
-  const float unit = std::ldexp(1.0f, -2 * (int)(g.slices - 1));
   const Share share = share_of(g, tid, pool_.size());
   int64_t index = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) {
@@ -45,22 +45,10 @@ void Engine::dense(int tid, int64_t group, const float *x, int64_t n, float *con
     const Tiling t(l.out);
     for (int64_t k = 0; k < t.count; ++k, ++index) {
       if (index < share.begin || index >= share.end) continue;
-      const int64_t width = t.width(k);
       dense_tile(w, g, l, k, n);
-      std::fill(w.corrections.begin(), w.corrections.begin() + t.rows(k) * kChunk, 0.0f);
-      k_.outliers(l, k, pacross_.data(), n, kChunk, w.corrections.data());
-      alignas(64) float row[256];
-      for (int64_t r = 0; r < n; ++r) {
-        for (int64_t part = 0; part < width; part += 64)
-          for (int64_t c = 0; c < 64; ++c) row[part + c] = w.block[(size_t)(part * n + r * 64 + c)] * unit;
-        k_.finish(g, l, k, pcentred_.data() + r * g.in, w.corrections.data() + r, kChunk, row);
-        float *to = y[i] + r * l.out + t.first(k);
-        if (accumulate) {
-          k_.add(row, t.rows(k), to);
-        } else {
-          std::memcpy(to, row, (size_t)t.rows(k) * 4);
-        }
-      }
+      for (int64_t r = 0; r < n; r += kSide)
+        k_.finish(g, l, k, pacross_.data() + r * g.in, w.block.data() + r * 64, n * 64, std::min(kSide, n - r),
+                  accumulate, y[i] + r * l.out + t.first(k));
     }
   }
   pool_.barrier();
@@ -97,10 +85,10 @@ void Engine::prefill_chunk(int tid, Sequence &seq, const int32_t *tokens, int64_
       }
     }
     pool_.barrier();
-    for (int64_t i = tid; i < n; i += threads)
+    for (int64_t i = tid * kQueries; i < n; i += threads * kQueries)  // whole groups of queries, whatever the heads
       for (int64_t h = 0; h < m.kv_heads; ++h)
-        k_.attention(q + i * q_rows + h * per * hd, per, hd, seq.cache(layer, h), position + i + 1,
-                     workers_[tid].scratch.data(), pattended_.data() + i * q_rows + h * per * hd);
+        k_.attention(q + i * q_rows + h * per * hd, std::min(kQueries, n - i), q_rows, per, hd, seq.cache(layer, h),
+                     position + i + 1, workers_[tid].scratch.data(), pattended_.data() + i * q_rows + h * per * hd);
     pool_.barrier();
     float *const residual[1] = {px_.data()};
     dense(tid, group + kO, pattended_.data(), n, residual, true);
@@ -129,14 +117,13 @@ void Engine::reserve_prefill() {
   for (const lt_group &g : groups_) max_in = std::max(max_in, g.in);
   px_.resize((size_t)(kChunk * m.hidden));
   pnormed_.resize((size_t)(kChunk * m.hidden));
-  pcentred_.resize((size_t)(kChunk * max_in));
   pquantised_.resize((size_t)(kChunk * blocks_of(max_in) * kDepth));
   pscale_.resize((size_t)(kChunk * blocks_of(max_in)));
   psum_.resize((size_t)(kChunk * blocks_of(max_in)));
   pacross_.resize((size_t)(kChunk * max_in));
   for (Worker &w : workers_) {
     w.block.resize((size_t)(kChunk * 256));
-    w.corrections.resize((size_t)(kChunk * 256));
+    w.centred.resize((size_t)(16 * max_in + 16));
   }
   pqkv_.resize((size_t)(kChunk * (q_rows + 2 * kv_rows)));
   pattended_.resize((size_t)(kChunk * q_rows));

@@ -185,11 +185,20 @@ static inline float sum_lanes(f32x16 v) {
 #endif
 }
 static inline float max_lanes(f32x16 v) {
+#if defined(__AVX2__)
+  __m256 half[2];
+  std::memcpy(half, &v, 64);
+  const __m256 eight = _mm256_max_ps(half[0], half[1]);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float f[16];
   store(f, v);
   for (int w = 8; w; w >>= 1)
     for (int i = 0; i < w; ++i) f[i] = f[i] > f[i + w] ? f[i] : f[i + w];
   return f[0];
+#endif
 }
 static inline int32_t sum_lanes_int(i32x16 v) {
   int32_t q[16];
