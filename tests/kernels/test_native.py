@@ -9,7 +9,7 @@ from support.tiny import ODD, Tiny, make_artifact
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels import reference_ops as ops
-from lowtide.kernels.native import Engine, available_isas
+from lowtide.kernels.native import SHORT_PROMPT, Engine, available_isas
 from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
 from lowtide.rules import GroupStats, get_rule
@@ -211,7 +211,7 @@ def test_a_cache_of_eight_bits_is_the_reference(artifact):
 
 
 def test_a_short_prompt_is_decoded_with_every_slice(artifact):
-    tokens, engine = random_tokens(artifact, 5), Engine(artifact)
+    tokens, engine = random_tokens(artifact, SHORT_PROMPT), Engine(artifact)
     wanted = [engine.decode(int(t), i, policy(artifact, "dense"))[0] for i, t in enumerate(tokens)]
     np.testing.assert_array_equal(engine.prefill(tokens, 0, all_logits=True), wanted)
     np.testing.assert_array_equal(engine.prefill(tokens, 0), wanted[-1])

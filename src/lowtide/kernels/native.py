@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 
-SHORT_PROMPT = 12
+SHORT_PROMPT = 2
 MAX_CHANNELS = 65536
 """Sums of digits times coefficients stay within 32 bits, and byte offsets too (with layers below 4 GiB)."""
 RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5, "ipn": 6}
