@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -279,3 +280,23 @@ def test_probes_see_as_much_as_memory_allows(small, monkeypatch):
     assert run_ipn._probe_tokens(small.model) == 20_000
     monkeypatch.setattr(run_ipn, "PROBE_BYTES", 1)
     assert run_ipn._probe_tokens(small.model) == least
+
+
+def test_training_goes_on_from_the_network_that_is_there(source, tmp_path, monkeypatch):
+    args = source / "model", tmp_path / "first"
+    first = learn_ipn(source / "artifact", *args, FAST, source / "text")
+    monkeypatch.setattr(run_ipn, "fit_probes", None)  # not asked for again
+    idle = dataclasses.replace(FAST, steps=0)
+    again = learn_ipn(tmp_path / "first", source / "model", tmp_path / "again", idle, source / "text")
+    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "again")
+    for name in (n for n in before if "ipn_" in n):
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for name in (n for n in before if n.endswith("thresholds")):
+        finite = np.isfinite(before[name])
+        np.testing.assert_allclose(after[name][finite], before[name][finite], rtol=0.05, err_msg=name)
+    for old, new in zip(first["after"], again["before"], strict=True):
+        assert new["kl"] == pytest.approx(old["kl"], rel=0.1) and new["read"] == pytest.approx(old["bits"], rel=0.02)
+    assert again["probe_ratio"] is None
+    wider = dataclasses.replace(idle, features=5)
+    monkeypatch.undo()
+    assert learn_ipn(tmp_path / "first", source / "model", tmp_path / "wider", wider, source / "text")["probe_ratio"]

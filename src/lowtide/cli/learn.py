@@ -112,6 +112,8 @@ def ipn(
 ) -> None:
     """Train the importance prediction network: what each token needs to read. The weights stay as they are.
 
+    From an artifact that has a network with as many features training goes on with that.
+
     \b
     Examples:
       lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt

@@ -121,9 +121,9 @@ class Ipn(nn.Module):
         if delta is None or slope is None:
             return base
         # cummax: no level is easier to reach than the one below it
-        return torch.cummax(base + delta + slope * self._tilt(bits), 0).values
+        return torch.cummax(base + delta + slope * self.tilt(bits), 0).values
 
-    def _tilt(self, bits: float) -> float:
+    def tilt(self, bits: float) -> float:
         """What corrections are linear in."""
         return min(max(bits, self.low), self.high) - MIDDLE
 
@@ -140,7 +140,7 @@ class Ipn(nn.Module):
     def gain(self, name: str, bits: float) -> torch.Tensor:
         """Weight of the offset at a budget: 1 at MIDDLE bits, not negative."""
         gain = self.get(name, "gain")
-        return torch.ones(1) if gain is None else (1 + gain * self._tilt(bits)).clamp_min(0)
+        return torch.ones(1) if gain is None else (1 + gain * self.tilt(bits)).clamp_min(0)
 
     def feature_values(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Features f32 [T, H] of the residual stream x f32 [T, in] at the input of group `name` (qkv or gate_up)."""

@@ -67,6 +67,33 @@ def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
 
 
 @torch.no_grad()
+def take_stored(ipn: Ipn, artifact: Artifact) -> None:
+    """The network that an artifact stores becomes the one to go on from; its thresholds are `ipn.tables` already.
+
+    A gain is stored for every budget, and is one number here: the one that fits them best.
+    """
+    tilt = torch.tensor([ipn.tilt(bits) for bits in ipn.grid])
+    for name, start in ipn.start.items():
+        stored = artifact.groups[name].ipn
+        assert stored is not None
+        values: dict[str, torch.Tensor] = {}
+        importance = torch.from_numpy(stored.importance.astype(np.float32)).clamp_min(2.0**-24).log2()
+        values["importance"] = torch.where(ipn.open[name] > 0, importance - start, 0.0)
+        if stored.mix is not None and stored.gain is not None:
+            values["mix"] = torch.from_numpy(stored.mix.copy())
+            gain = torch.from_numpy(stored.gain.copy())
+            used = gain > 0  # those below were clipped
+            values["gain"] = ((gain - 1) * tilt * used).sum()[None] / (tilt**2 * used).sum().clamp_min(1e-9)
+        if stored.probe is not None and stored.scale is not None and stored.bias is not None:
+            values["probe"] = torch.from_numpy(stored.probe.astype(np.float32) * stored.scale[:, None])
+            values["bias"] = torch.from_numpy(stored.bias.copy())
+        for what, value in values.items():
+            learned = ipn.get(name, what)
+            if learned is not None:
+                learned.copy_(value)
+
+
+@torch.no_grad()
 def thresholds(
     model: GradedModel, ipn: Ipn, ids: torch.Tensor, report: Callable[[int, int], None] = lambda *_: None
 ) -> tuple[dict[str, np.ndarray], list[float]]:  # type: ignore[type-arg]

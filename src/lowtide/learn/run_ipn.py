@@ -26,7 +26,7 @@ from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
-from lowtide.learn.ipn_export import TOKENS, as_stored, gains, thresholds, write_weights
+from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
 from lowtide.learn.ipn_train import DIVERGED, MOST_HELD, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, sensitivities
@@ -54,7 +54,8 @@ def learn_ipn(
     """Train an importance prediction network for an artifact; the model's weights stay as they are.
 
     Args:
-        artifact: made by `lowtide compress` without a target size, thresholds of `channel-norm` in it.
+        artifact: made by `lowtide compress` without a target size, thresholds of `channel-norm` in it. A network that
+            is in it and has as many features is where training begins.
         model: what it was made from.
         out: the artifact to write, the same weights with the policy `ipn` as default. Checkpoints in `OUT.partial`.
         options: how to train; `weight_rate` must be 0.
@@ -92,7 +93,8 @@ def learn_joint(
         model: as for `lowtide compress`.
         out: the artifact to write; `OUT.start` holds the untrained one meanwhile, `OUT.partial` checkpoints.
         options: how to train; `weight_rate` above 0.
-        artifact: an artifact of the model to begin with; by default it is compressed first, on `calibration` or `text`.
+        artifact: an artifact of the model to begin with, its network too as in `learn_ipn`; by default the model is
+            compressed first, on `calibration` or `text`.
         text, tokens, resume, force, report: see `learn_ipn`.
     """
     if not options.weight_rate > 0:
@@ -142,7 +144,8 @@ def _learn(
         )
     if tokens < 1:
         raise LowtideError(f"--tokens {tokens}: must be 1 or more")
-    grid, tables = budget_tables(artifact)
+    goes_on = _goes_on(artifact, options)
+    grid, tables = budget_tables(artifact, "ipn" if goes_on else "channel-norm")
     if not grid[0] <= options.bits[0] < options.bits[1] <= grid[-1]:
         low, high = options.bits
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
@@ -150,6 +153,8 @@ def _learn(
         graded = _model(team, artifact, dense, joint)
         ids = _windows(team, dense, text, tokens, options, report)
         ipn = _network(artifact, grid, tables, options)
+        if goes_on:
+            take_stored(ipn, artifact)
         for name, group in graded.groups.items():
             group.side_bits += ipn.side_bits(name)
         learner = Learner(graded, ipn, ids, options, team)
@@ -161,7 +166,7 @@ def _learn(
                 shutil.rmtree(work, ignore_errors=True)
             WorkFolder(work, {"run": key})
         team.wait()
-        ratio = _start(learner, work, report)
+        ratio = None if goes_on else _start(learner, work, report)
         run = _train(learner, work, key, report)
         figures = {}
         if team.main or team.mesh is not None:
@@ -176,6 +181,12 @@ def _learn(
         return {}
     shutil.rmtree(work, ignore_errors=True)
     return figures | {"probe_ratio": ratio, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
+    """Whether training begins with the network that the artifact has: if it is of the size asked for."""
+    has = artifact.manifest.ipn
+    return has is not None and has["features"] == options.features and set(options.parts) == set(Ipn.PARTS)
 
 
 def _check_out(out: Path, force: bool) -> None:
