@@ -300,3 +300,13 @@ def test_training_goes_on_from_the_network_that_is_there(source, tmp_path, monke
     wider = dataclasses.replace(idle, features=5)
     monkeypatch.undo()
     assert learn_ipn(tmp_path / "first", source / "model", tmp_path / "wider", wider, source / "text")["probe_ratio"]
+
+
+def test_the_weights_rate_falls_with_the_width(source, tmp_path, monkeypatch):
+    assert run_ipn.rate_for(288) == run_ipn.rate_for(64) == 0.003
+    assert run_ipn.rate_for(576) == pytest.approx(0.00075) and run_ipn.rate_for(8192) == 1e-4
+    asked = []
+    monkeypatch.setattr(run_ipn, "_learn", lambda *given: asked.append(given[5]) or {})
+    learn_joint(source / "model", tmp_path / "out", IpnOptions(weight_rate=None), source / "artifact")
+    learn_joint(source / "model", tmp_path / "out", IpnOptions(weight_rate=0.01), source / "artifact")
+    assert [options.weight_rate for options in asked] == [0.003, 0.01]

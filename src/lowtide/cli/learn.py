@@ -154,7 +154,9 @@ def joint(
     tokens: TrainingTokens = 262_144,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     windows: StepWindows = 8,
-    weight_rate: Annotated[float, typer.Option(help="Adam's rate for weights, relative to their size.")] = 0.003,
+    weight_rate: Annotated[
+        float | None, typer.Option(help="Adam's rate for weights, relative to their size. [default: by the width]")
+    ] = None,
     consistency: Consistency = 0.0,
     seed: TrainingSeed = 0,
     resume: Resume = True,

@@ -48,7 +48,7 @@ class IpnOptions:
         windows: of a step; ramp: part of the steps in which the target comes down.
         rate, probe_rate: of Adam, for thresholds, importances and mixes, and for probes.
         weight_rate: for the model's weights, biases and norms, relative to each matrix's root mean square; 0 leaves the
-            model alone.
+            model alone; None: by the model's width (`run_ipn.rate_for`).
         tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
         features: H of each probe. parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
@@ -61,7 +61,7 @@ class IpnOptions:
     ramp: float = 0.3
     rate: float = 0.005
     probe_rate: float = 0.0005
-    weight_rate: float = 0.0
+    weight_rate: float | None = 0.0
     tau: float = 0.7
     prices: Prices = field(default_factory=Prices)
     features: int = 16
@@ -79,7 +79,7 @@ class IpnOptions:
             raise LowtideError(f"--features {self.features}: must be 1 to 64")
         if not 0 <= self.focus <= 1:
             raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")
-        if not 0 <= self.weight_rate < 1:
+        if self.weight_rate is not None and not 0 <= self.weight_rate < 1:
             raise LowtideError(f"--weight-rate {self.weight_rate:g}: must be at least 0 and below 1")
         unknown = set(self.parts) - set(Ipn.PARTS)
         if unknown or not self.parts:
@@ -118,12 +118,13 @@ class Learner:
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with a rate for each kind of parameter; `rate0` is the one that schedules start from."""
         o = self.options
+        weight_rate = o.weight_rate or 0.0
         groups = []
         for name, p in self.parameters().items():
             if name.endswith((".log_rows", ".log_cols")):
-                rate = o.weight_rate * SCALE_RATE
+                rate = weight_rate * SCALE_RATE
             elif name.startswith("model/"):
-                rate = o.weight_rate * float(whole(p).pow(2).mean().sqrt().clamp_min(1e-3))
+                rate = weight_rate * float(whole(p).pow(2).mean().sqrt().clamp_min(1e-3))
             elif name.endswith(("/probe", "/bias")):
                 rate = o.probe_rate
             else:
