@@ -81,7 +81,6 @@ struct Kernels {
                   bool accumulate, const int32_t *const *sums, int threads, float *y);
   void (*rmsnorm)(const float *x, const float *gain, int64_t n, float eps, float *y);
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
-  void (*add)(const float *x, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);
   // queries [tokens, heads, head_dim], tokens `stride` floats apart (so is the output), against the cache of the KV head
   // they share: n positions for the first token, one more for each further one; scratch f32 [kQueries, n of the last

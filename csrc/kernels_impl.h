@@ -175,8 +175,8 @@ static float sum(const void *p, int64_t bytes) {
   return to_float(acc[0] ^ acc[1] ^ acc[2] ^ acc[3])[0];
 }
 
-static const Kernels kTable = {LT_NAME,  select,    offsets,  scores,   probe, waterline, tiles, partial, combine, rmsnorm,          swiglu,            add,
-                               rope,     attention, store_kv, embed, quantise,  side_by_side, unpack, multiply,
-                               finish, sum};
+static const Kernels kTable = {LT_NAME,  select,  offsets, scores,    probe,    waterline, tiles,        partial,
+                               combine,  rmsnorm, swiglu,  rope,      attention, store_kv, embed,        quantise,
+                               side_by_side, unpack, multiply, finish, sum};
 
 }  // namespace LT_NS
