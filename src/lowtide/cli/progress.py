@@ -9,6 +9,7 @@ STAGES = {
     "sample": "writing calibration text",
     "forward": "running the model",
     "quantise": "coding layers",
+    "feedback": "feeding errors back",
     "calibrate": "calibrating",
     "allocate": "sharing out sparsity",
     "search": "searching",

@@ -20,11 +20,12 @@ from lowtide.compress.held_out import held_out_kl
 from lowtide.compress.pack import WorkFolder, group_curve, pack_group
 from lowtide.compress.prune.apply import PruneOptions, prune_model
 from lowtide.compress.quantise import QuantisedGroup, QuantOptions, quantise_group
+from lowtide.compress.recoding import Recoding, looked_up
 from lowtide.compress.search import ROUNDS, Target, Trial, coded_size, first_step, next_step
 from lowtide.compress.sources import Source, open_source
 from lowtide.compress.steps import StepOptions, code_steps
 from lowtide.compress.text import sampled_windows, windows_of_file
-from lowtide.compress.thresholds import DEFAULT_POLICIES, threshold_tables
+from lowtide.compress.thresholds import DEFAULT_POLICIES, NORM, threshold_tables
 from lowtide.compress.walk import Walk
 from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
@@ -38,6 +39,10 @@ WORK_VERSION = 2
 """Raised when groups finished by an older version of this code must not be reused."""
 STATIC_WINDOWS, HELD_OUT = 24, 4
 """Windows of a text file for static coding, and how many of them are held out to measure KL."""
+FEEDBACK_WEIGHTS = 500_000_000
+"""Weights up to which error feedback is the default: beyond, it takes longer than all the rest of compression."""
+FEEDBACK_WINDOWS = 32
+"""Windows of a text file that feedback looks at. Of sampled text it takes what there is."""
 GENTLE = 0.25
 """Part of the usual first step that is taken where pruning alone is asked for."""
 
@@ -57,6 +62,7 @@ def compress(
     seed: int = 0,
     force: bool = False,
     policies: Sequence[str] = DEFAULT_POLICIES,
+    feedback: bool | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model into an artifact.
@@ -79,6 +85,8 @@ def compress(
         seed: of the sampled text and of the Fisher labels.
         force: replace OUT if it is there.
         policies: mask rules (`rule` or `rule:levels`) to store thresholds for; the first is the default at run time.
+        feedback: choose digits made for dynamic reading again so that errors cancel (compress/feedback.py); by default
+            for models of up to FEEDBACK_WEIGHTS. Codes that are made to be small have a feedback of their own.
         progress: called with (stage, done, total).
 
     Returns:
@@ -105,7 +113,7 @@ def compress(
     source = open_source(model) if isinstance(model, (str, Path)) else model
     files = source.tokenizer_files()
     try:
-        job = _Job(source, bits // 2, seed, progress or (lambda *_: None), wanted, prune)
+        job = _Job(source, bits // 2, seed, progress or (lambda *_: None), wanted, prune, feedback)
         job.prepare(target, Path(calibration) if calibration else None, tokens=calibration_tokens)
         job.prune()
         found = job.quantise() if wanted is None else job.search(sum(map(len, files.values())))
@@ -180,6 +188,7 @@ class _Job:
     progress: Progress
     target: Target | None
     options: PruneOptions | None
+    feedback: bool | None = None
 
     def __post_init__(self) -> None:
         self.config = self.source.config
@@ -189,6 +198,9 @@ class _Job:
         self.model_id = self.source.fingerprint()
         self.static = StepOptions(first_step(self.weights), self.slices)
         self.pruned: dict[str, Any] | None = None
+        self.recoded: WorkFolder | None = None
+        if self.feedback is None:
+            self.feedback = self.weights <= FEEDBACK_WEIGHTS
 
     def prepare(
         self, target: Path, calibration: Path | None, steps: Sequence[float] = (), tokens: int | None = None
@@ -215,6 +227,9 @@ class _Job:
             ids = sampled_windows(self.model, self.seed, lambda done, total: self.progress("sample", done, total))
         if known is None:
             self.work.save_arrays("calibration", {"ids": ids.numpy()})
+        self.feedback_ids = ids
+        if calibration is not None and self.target is None and tokens is None:
+            self.feedback_ids = windows_of_file(self.source, calibration, FEEDBACK_WINDOWS)
         held = 0 if self.target is None else min(HELD_OUT, len(ids) // 4)
         self.ids, self.held_out = ids[: len(ids) - held], ids[len(ids) - held :]
 
@@ -231,7 +246,24 @@ class _Job:
     def quantise(self) -> dict[str, Any]:
         """Code every group for dynamic reading."""
         Walk(self.model, self.ids, self.seed, False, self.progress).run(self.work, self.code)
+        if self.feedback:
+            self._feed_back()
         return {}
+
+    def _feed_back(self) -> None:
+        """Choose the decoder's digits again; from now on the work folder of recoded groups comes first."""
+        curves = [self.work.load_curve(spec) for spec in self.specs.values() if spec.has_thresholds]
+        grid, tables = threshold_tables(curves[:-1], curves[-1], [NORM])
+        table = self.work.load_group(self.specs["head" if self.config.tied else "embed"], self.slices)
+        self.recoded = WorkFolder(self.root.path / "feedback", {"windows": len(self.feedback_ids)})
+        Recoding(
+            self.model,
+            self.feedback_ids,
+            grid,
+            {name: rows[0] for name, rows in tables.items()},
+            lambda name: self.work.load_group(self.specs[name], self.slices),
+            lambda done, total: self.progress("feedback", done, total),
+        ).run(self.recoded, looked_up(table))
 
     def search(self, other: int) -> dict[str, Any]:
         """Walk with one step after another until the target is met; the last walk's groups are the result.
@@ -314,10 +346,14 @@ class _Job:
         }
         if self.target is not None:
             stats |= {"step": self.static.step, "pruned": self.pruned}
+        elif self.recoded is not None:
+            stats["feedback_tokens"] = self.feedback_ids.numel()
         zero = self.target is not None
         with ArtifactWriter(target, force=force) as writer:
             for done, spec in enumerate(self.specs.values()):
-                group = self.work.load_group(spec, self.slices, zero)
+                recoded = self.recoded is not None and self.recoded.has(spec.name)
+                folder = self.recoded if self.recoded is not None and recoded else self.work
+                group = folder.load_group(spec, self.slices, zero)
                 if spec.has_thresholds:
                     group.thresholds = thresholds[spec.name]
                 writer.add_group(group)
