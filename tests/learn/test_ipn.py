@@ -110,9 +110,7 @@ class Model:
     """As much of a graded model as losses look at."""
 
     def __init__(self, ipn: Ipn) -> None:
-        self.groups = {
-            n: group_of(n, 4 + i, len(v)) for i, (n, v) in enumerate(ipn.start.items())
-        }
+        self.groups = {n: group_of(n, 4 + i, len(v)) for i, (n, v) in enumerate(ipn.start.items())}
 
 
 def passes(ipn: Ipn, **options) -> At:

@@ -87,7 +87,7 @@ class Code:
             last = value
 
     def of(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Planes, and scales f32 [out] and [in], of a weight f32 [out, in], log_rows f32 [out] and log_cols f32 [in]."""
+        """Planes and scales, f32 [out] and [in], of a weight f32 [out, in], its log_rows and log_cols."""
         weight, log_rows, log_cols = parameters
         assert weight is not None and log_rows is not None and log_cols is not None
         self.rescale_by(log_rows, log_cols)

@@ -80,8 +80,8 @@ class Always:
 class GradedGroup:
     """One group: what slices add, and what is always read.
 
-    planes: bfloat16 [out, S * in], D_k / (r_i c_j) side by side, which depends on the digits only; rows, cols: the scales
-    r f32 [out] and c f32 [in]; always: outliers and exact columns;
+    planes: bfloat16 [out, S * in], D_k / (r_i c_j) side by side, which depends on the digits only;
+    rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; open: f32 [in], 0 for exact channels; side_bits: read whatever the mask.
     learned, under training: weight z f32 [out, in] in units of r_i c_j; log_rows f32 [out] and log_cols
     f32 [in], the learned parts of the scales' natural logarithms; and the bias.
