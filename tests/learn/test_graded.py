@@ -16,7 +16,7 @@ from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn import digits, graded
-from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables, head_kl
+from lowtide.learn.graded import Always, Code, GradedGroup, GradedModel, budget_tables, head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
 from lowtide.rules import get_rule
@@ -103,12 +103,15 @@ def test_bfloat16_changes_little(made, small, monkeypatch):
     assert float((hidden - precise).norm() / precise.norm()) < 0.05
 
 
-def test_gradients_are_those_of_the_text(exact):
+def test_gradients_are_those_of_the_text(exact, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    planes = [torch.randn(7, 5, generator=generator) for _ in range(3)]
-    always = torch.randn(7, 5, generator=generator)
-    group = GradedGroup("layers.0.o", planes, always, torch.zeros(7), torch.zeros(5), torch.ones(5), 0)
-    group.scale = torch.rand(7, 5, generator=generator)
+    units = [torch.randn(7, 5, generator=generator) for _ in range(3)]
+    scales = [torch.rand(n, generator=generator) + 0.1 for n in (7, 5)]
+    always = torch.randn(7, 5, generator=generator) * (torch.rand(7, 5, generator=generator) < 0.3)
+    rest = Always(always), torch.zeros(7), torch.zeros(5), torch.ones(5), 0
+    group = GradedGroup("layers.0.o", torch.cat(units, 1), *scales, *rest)
+    planes = [scales[0][:, None] * unit * scales[1] for unit in units]
+    monkeypatch.setattr(digits, "CHUNK", 15)  # three tokens at a time
     a, score = (torch.randn(4, 5, generator=generator, requires_grad=True) for _ in range(2))
     theta, tau = torch.tensor([-0.5, 0.1, 0.6], requires_grad=True), 0.7
     learned = [torch.zeros(s, requires_grad=True) for s in ((7, 5), 7, 5)]
@@ -125,7 +128,7 @@ def test_gradients_are_those_of_the_text(exact):
     for ours, theirs in ((a, b), (score, s), (theta, t), (learned[1], rows), (learned[2], cols)):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
     read = (a * (score > theta[0])).detach()
-    assert torch.allclose(learned[0].grad, group.scale * (g.T @ read), atol=1e-5)
+    assert torch.allclose(learned[0].grad, scales[0][:, None] * scales[1] * (g.T @ read), atol=1e-5)
 
 
 def test_the_heads_gradient_is_autograds(made, small, exact):
@@ -142,19 +145,22 @@ def test_the_heads_gradient_is_autograds(made, small, exact):
 
 
 @pytest.mark.parametrize("name", ["layers.0.qkv", "layers.1.down"])
-def test_codes_are_those_of_the_file(made, name, exact):
+def test_codes_are_those_of_the_file(made, name, exact, monkeypatch):
     group = made[0].groups[name]
     code = Code(group)
     whole = np.concatenate([group.dequantise(i, group.slices) for i in range(len(group.linears))])
     values = torch.from_numpy(whole / np.float32(group.shrink[-1]))
     assert torch.equal(code.digits(values / code.rows / code.cols), code.stored)
-    planes = code.planes(code.stored)
+    planes = [code.rows * plane * code.cols for plane in code.planes(code.stored).chunk(group.slices, 1)]
     for level in range(1, group.slices + 1):
         stored = np.concatenate([group.dequantise(i, level) for i in range(len(group.linears))])
         ours = sum(planes[:level]).numpy()
         exact_columns = group.exact_channels
         ours[:, exact_columns] = stored[:, exact_columns]  # their masks are closed, whatever their digits are
         np.testing.assert_allclose(ours, stored, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(digits, "CHUNK", 3 * group.in_features)
+    zero = torch.zeros(len(values)), torch.zeros(group.in_features)
+    assert torch.equal(code.of(values, *zero)[0], code.planes(code.digits(values)))
     far = torch.full_like(values, 1e6)
     kept = code.digits(far)
     assert torch.equal(kept[code.fixed], code.stored[code.fixed]) and (kept[~code.fixed] == 63).all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowtide.errors import LowtideError
-from lowtide.learn.graded import GradedGroup
+from lowtide.learn.graded import Always, GradedGroup
 from lowtide.learn.ipn import LIMIT, At, Ipn
 from lowtide.learn.ipn_export import SAMPLE, _stride, as_stored
 from lowtide.learn.ipn_loss import Prices, loss_of, mean_open, unrest
@@ -100,14 +100,17 @@ def test_parts_that_do_not_learn_are_not_there():
     assert full.side_bits("layers.0.qkv") == 32 * 5 + 8 * 3 * 6 + 64 * 3 and full.side_bits("head") == 0
 
 
+def group_of(name: str, out: int, inputs: int) -> GradedGroup:
+    nothing = Always(torch.zeros(out, inputs))
+    scales = torch.ones(out), torch.ones(inputs)
+    return GradedGroup(name, torch.zeros(0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), scales[1], 0)
+
+
 class Model:
     """As much of a graded model as losses look at."""
 
     def __init__(self, ipn: Ipn) -> None:
-        self.groups = {
-            n: GradedGroup(n, [], torch.zeros(0), torch.zeros(4 + i), torch.zeros(len(v)), (v > -99).float(), 0)
-            for i, (n, v) in enumerate(ipn.start.items())
-        }
+        self.groups = {n: group_of(n, 4 + i, len(v)) for i, (n, v) in enumerate(ipn.start.items())}
 
 
 def passes(ipn: Ipn, **options) -> At:

@@ -47,7 +47,7 @@ def make_learner(source: Path, parallel: Parallel) -> Learner:
     ids = torch.where(
         torch.arange(12)[:, None] < 6, torch.full((12, 24), 7), torch.randint(0, 104, (12, 24), generator=draw)
     )
-    options = IpnOptions(steps=40, bits=(4.0, 5.0), windows=4, features=4, weight_rate=0.01, ramp=1e-6)
+    options = IpnOptions(steps=40, bits=(4.0, 5.0), windows=4, features=4, weight_rate=0.01)
     if parallel.mesh is None:
         model = GradedModel(artifact, dense, train_weights=True)
     else:

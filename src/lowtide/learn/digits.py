@@ -12,6 +12,8 @@ from lowtide.format.groups import GroupTensors
 
 HALF = torch.bfloat16
 """What products run in."""
+CHUNK = 1 << 16
+"""Values that elementwise passes take at a time: from memory they would cost as much as the products."""
 
 
 class Code:
@@ -36,23 +38,23 @@ class Code:
         self.stored = torch.from_numpy(np.concatenate(parts))
         fixed = np.concatenate([_fixed(group, i) for i in range(len(group.linears))])
         self.fixed = torch.from_numpy(fixed)
-        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._places = self.fixed.flatten().nonzero()[:, 0]
+        self._kept = self.stored.flatten()[self._places]
 
     def thin(self) -> None:
         """Keep the few stored digits that training leaves alone, with their places; `units` has had its turn."""
-        places = self.fixed.flatten().nonzero()[:, 0]
-        self._kept = places, self.stored.flatten()[places]
         self.stored, self.fixed = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.bool)
 
     def digits(self, units: torch.Tensor) -> torch.Tensor:
         """Weights in units of scales f32 [out, in] -> codes u8 [out, in]; outliers and exact columns keep theirs."""
-        steps = 4.0 ** (self.slices - 1)
-        q = (units + self.offsets[-1]).mul_(steps).round_()
-        q = q.clamp_(0, 4 * steps - 1).to(torch.uint8)
-        if self._kept is None:
-            return torch.where(self.fixed, self.stored, q)
-        q.view(-1)[self._kept[0]] = self._kept[1]
+        q = self._coded(units).to(torch.uint8)
+        q.view(-1)[self._places] = self._kept
         return q
+
+    def _coded(self, units: torch.Tensor) -> torch.Tensor:
+        """Codes f32 of any rows, as if there were no outliers."""
+        steps = 4.0 ** (self.slices - 1)
+        return (units + self.offsets[-1]).mul_(steps).round_().clamp_(0, 4 * steps - 1)
 
     def units(self) -> torch.Tensor:
         """What the stored digits say, in units of scales f32 [out, in]; `digits` gives them back."""
@@ -67,24 +69,43 @@ class Code:
         rows, cols = self._base
         self.rescale(rows * log_rows.exp()[:, None], cols * log_cols.exp())
 
-    def planes(self, digits: torch.Tensor) -> list[torch.Tensor]:
-        """What every slice adds: S bfloat16 [out, in]."""
-        found: list[torch.Tensor] = []
-        last: torch.Tensor | None = None
-        whole = digits.float()
-        for level in range(1, self.slices + 1):
-            top = (whole / 4.0 ** (self.slices - level)).floor_()
-            value = top.mul_(4.0 ** (1 - level)).sub_(self.offsets[level - 1]).mul_(self.shrink[level - 1])
-            found.append((value if last is None else value - last).mul(self.cols).mul_(self.rows).to(HALF))
-            last = value
+    def planes(self, digits: torch.Tensor) -> torch.Tensor:
+        """What every slice adds, in units of the scales: bfloat16 [out, S * in], slices side by side."""
+        found = torch.empty(len(digits), self.slices * len(self.cols), dtype=HALF)
+        for part in chunks(*digits.shape):
+            self._fill(digits[part].float(), found[part])
         return found
 
-    def of(self, *parameters: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Planes, and scales f32 [out, in], of a weight f32 [out, in], log_rows f32 [out] and log_cols f32 [in]."""
+    def _fill(self, q: torch.Tensor, planes: torch.Tensor) -> None:
+        """Planes of some rows' codes f32."""
+        last: torch.Tensor | None = None
+        for level, plane in enumerate(planes.chunk(self.slices, 1), 1):
+            shrink = self.shrink[level - 1]
+            value = (q * 4.0 ** (level - self.slices)).floor_().mul_(4.0 ** (1 - level) * shrink)
+            value.sub_(self.offsets[level - 1] * shrink)
+            plane.copy_(value if last is None else value - last)
+            last = value
+
+    def of(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Planes and scales, f32 [out] and [in], of a weight f32 [out, in], its log_rows and log_cols."""
         weight, log_rows, log_cols = parameters
         assert weight is not None and log_rows is not None and log_cols is not None
         self.rescale_by(log_rows, log_cols)
-        return self.planes(self.digits(weight)), self.rows * self.cols
+        out, inputs = weight.shape
+        planes = torch.empty(out, self.slices * inputs, dtype=HALF)
+        parts = chunks(out, inputs)
+        ends = torch.searchsorted(self._places, torch.tensor([part.stop * inputs for part in parts])).tolist()
+        for part, first, last in zip(parts, [0, *ends], ends, strict=False):
+            q = self._coded(weight[part])
+            q.view(-1).index_copy_(0, self._places[first:last] - part.start * inputs, self._kept[first:last].float())
+            self._fill(q, planes[part])
+        return planes, self.rows[:, 0], self.cols
+
+
+def chunks(rows: int, columns: int) -> list[slice]:
+    """Runs of rows so few that several passes over them in float32 stay in a core's cache."""
+    count = max(1, CHUNK // columns)
+    return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
 
 
 def _fixed(group: GroupTensors, index: int) -> np.ndarray[Any, Any]:

@@ -13,6 +13,7 @@ in float32. The int8 coefficients of the engines are left out: they cost less th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tab
 from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
-from lowtide.learn.digits import HALF, Code
+from lowtide.learn.digits import HALF, Code, chunks
 from lowtide.learn.shards import whole
 
 FEATURE_GROUPS = {"qkv": "qkv", "o": "qkv", "gate_up": "gate_up", "down": "gate_up"}
@@ -50,25 +51,52 @@ class Masks(Protocol):
         ...
 
 
+class Always:
+    """Weights that are read whatever the mask, few of [out, in]: in rows and in columns, compressed.
+
+    A dense product would take as long as that of a slice; for one weight in 250, which is what outliers are, this takes
+    a fifth of it (SmolLM2's shapes, one thread).
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            self.by_rows, self.by_columns = weights.to_sparse_csr(), weights.T.contiguous().to_sparse_csr()
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """y f32 [T, out] += weights x, for x f32 [T, in]."""
+        y.T.addmm_(self.by_rows, x.T)
+
+    def add_back(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x f32 [T, in] += what y f32 [T, out] says of it."""
+        x.T.addmm_(self.by_columns, y.T)
+
+    def dense(self) -> torch.Tensor:
+        """f32 [out, in]."""
+        return self.by_rows.to_dense()
+
+
 @dataclass
 class GradedGroup:
     """One group: what slices add, and what is always read.
 
-    planes: S matrices [out, in] in bfloat16, D_k; always: [out, in] bfloat16, outliers and exact columns;
+    planes: bfloat16 [out, S * in], D_k / (r_i c_j) side by side, which depends on the digits only;
+    rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; open: f32 [in], 0 for exact channels; side_bits: read whatever the mask.
-    learned, under training: weight z f32 [out, in] in units of `scale` r_i c_j; log_rows f32 [out] and log_cols
+    learned, under training: weight z f32 [out, in] in units of r_i c_j; log_rows f32 [out] and log_cols
     f32 [in], the learned parts of the scales' natural logarithms; and the bias.
     """
 
     name: str
-    planes: list[torch.Tensor]
-    always: torch.Tensor
+    planes: torch.Tensor
+    rows: torch.Tensor
+    cols: torch.Tensor
+    always: Always
     stored_bias: torch.Tensor
     mean: torch.Tensor
     open: torch.Tensor
     side_bits: int
     learned: nn.ParameterDict | None = None
-    scale: torch.Tensor | None = None
 
     @property
     def out(self) -> int:
@@ -90,15 +118,16 @@ class GradedGroup:
         t = self.learned
         return (None, None, None) if t is None else (t["weight"], t["log_rows"], t["log_cols"])
 
-    def coded(self, *parameters: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
-        """planes, always and scale for the `parameters()` given; here they are at hand (`GradedModel.refresh`)."""
-        return self.planes, self.always, self.scale
+    def coded(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """planes, rows and cols for the `parameters()` given; here they are at hand (`GradedModel.refresh`)."""
+        return self.planes, self.rows, self.cols
 
 
 class _Product(torch.autograd.Function):
     """(y, slices open for each token): y = sum_k D_k (a * m_k) + always a, m_k = [score > theta_k], a = x for exact
-    channels; see the module's text for the gradients. Masks are made again on the way back: kept, they would take most
-    of the memory."""
+    channels; see the module's text for the gradients. All slices are one product; what goes into it and what comes back
+    takes some tokens at a time through every elementwise pass. Masks are made again on the way back: kept, they would
+    take most of the memory."""
 
     @staticmethod
     def forward(
@@ -112,39 +141,54 @@ class _Product(torch.autograd.Function):
         group: GradedGroup,
         tau: float,
     ) -> Any:
-        small = a.to(HALF)
-        planes, always, _ = group.coded(weight, log_rows, log_cols)
-        coded, count = torch.zeros(()), torch.zeros(len(a))
-        for t, plane in zip(theta, planes, strict=True):
-            mask = score > t
-            count += mask.sum(1)
-            coded = coded + F.linear(small * mask, plane).float()
+        planes, rows, cols = group.coded(weight, log_rows, log_cols)
+        cuts, tokens = theta.tolist(), len(a)
+        read, count = torch.empty(tokens, planes.shape[1], dtype=HALF), torch.zeros(tokens)
+        for part in chunks(*a.shape):
+            scaled = a[part] * cols
+            mask = torch.empty_like(scaled)
+            for t, slot in zip(cuts, read[part].chunk(len(cuts), 1), strict=True):
+                count[part] += torch.gt(score[part], t, out=mask).sum(1)
+                slot.copy_(mask.mul_(scaled))
+        coded = F.linear(read, planes)
         ctx.train_weight = weight is not None
         ctx.save_for_backward(a, score, theta, *([coded, weight, log_rows, log_cols] if ctx.train_weight else []))
         ctx.group, ctx.tau = group, tau
-        return coded + F.linear(small, always), count
+        y = coded.float() * rows
+        group.always.add(y, a)
+        return y, count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         a, score, theta, *kept = ctx.saved_tensors
-        planes, always, scale = ctx.group.coded(*kept[1:])
-        g = grads[0].to(HALF)
-        through, grad_score, grad_theta = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(theta)
-        for k, plane in enumerate(planes):
-            passed = (g @ plane).float()
-            soft = torch.sigmoid((score - theta[k]) / ctx.tau)
-            moved = (passed * a).add_(grads[1][:, None]).mul_(soft).mul_(1 - soft)
-            grad_score += moved
-            grad_theta[k] = -moved.sum()
-            through += passed * (score > theta[k])
-        grad_score /= ctx.tau
+        planes, rows, cols = ctx.group.coded(*kept[1:])
+        own = grads[0] * rows
+        g = own.to(HALF)
+        passed = g @ planes
+        grad_a, grad_score, grad_theta = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(theta)
+        grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=HALF)
+        for part in chunks(*a.shape):
+            scaled, opened = a[part] * cols, grads[1][part][:, None]
+            mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
+            through, pull = torch.zeros_like(scaled), torch.zeros_like(scaled)
+            for k, (t, slot) in enumerate(zip(theta.tolist(), passed[part].chunk(len(theta), 1), strict=True)):
+                moved = slot.float()
+                through.addcmul_(moved, torch.gt(score[part], t, out=mask))
+                torch.sub(score[part], t, out=soft).div_(ctx.tau).sigmoid_()
+                soft.addcmul_(soft, soft, value=-1)  # the sigmoid's slope
+                moved = moved.mul(scaled).add_(opened).mul_(soft)
+                pull += moved
+                grad_theta[k] -= moved.sum()
+                if ctx.train_weight and k == 0:
+                    read[part] = mask.mul_(scaled)
+            grad_score[part] = pull.div_(ctx.tau)
+            grad_a[part] = through.mul_(cols)
+            grad_cols += through.mul_(a[part]).sum(0)
         grad_theta /= ctx.tau
-        grad_a = through + g @ always
+        ctx.group.always.add_back(grad_a, grads[0].contiguous())
         if not ctx.train_weight:
             return grad_a, grad_score, grad_theta, None, None, None, None, None
-        read = a.to(HALF) * (score > theta[0])
-        grad_weight = (g.T @ read).float().mul_(scale)
-        grad_rows, grad_cols = (grads[0] * kept[0]).sum(0), (a * through).sum(0)
+        grad_weight, grad_rows = (g.T @ read).float(), own.mul_(kept[0]).sum(0)
         return grad_a, grad_score, grad_theta, grad_weight, grad_rows, grad_cols, None, None
 
 
@@ -212,10 +256,8 @@ class GradedModel:
     def _full_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The head read in full, bfloat16 [V, D], and its bias f32 [V]; its masks are left to the engine."""
         group = self.groups["head"]
-        whole = torch.zeros(group.always.shape)
-        for plane in group.planes:
-            whole += plane
-        whole += group.always
+        whole = group.planes.view(group.out, -1, group.inputs).sum(1, dtype=torch.float32)
+        whole.mul_(group.cols).mul_(group.rows[:, None]).add_(group.always.dense())
         return whole.to(HALF), group.bias - whole @ group.mean
 
     @torch.no_grad()
@@ -223,7 +265,7 @@ class GradedModel:
         """Code the weights as they are now."""
         for name, code in self.codes.items():
             group = self.groups[name]
-            group.planes, group.scale = code.of(*group.parameters())
+            group.planes, group.rows, group.cols = code.of(*group.parameters())
 
     @torch.no_grad()
     def trained(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,7 +350,9 @@ def _group(group: GroupTensors, code: Code) -> GradedGroup:
     return GradedGroup(
         name=group.name,
         planes=code.planes(code.stored),
-        always=torch.from_numpy(always).to(HALF),
+        rows=code.rows[:, 0],
+        cols=code.cols,
+        always=Always(torch.from_numpy(always).float()),
         stored_bias=torch.from_numpy(np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])),
         mean=torch.from_numpy(group.mean.astype(np.float32)),
         open=readable,
@@ -324,19 +368,26 @@ class _HeadKL(torch.autograd.Function):
         ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, model: GradedModel, dense_head: torch.Tensor
     ) -> Any:
         grad, total = torch.empty_like(ours), 0.0
-        for start in range(0, len(ours), 256):
-            part = slice(start, start + 256)
-            logp = F.linear(theirs[part].to(HALF), dense_head).float().log_softmax(-1)
-            logq = F.linear(ours[part].to(HALF), model.head).float().add_(model.head_bias).log_softmax(-1)
-            p = logp.exp()
-            total += float((p * (logp - logq)).sum())
-            grad[part] = (logq.exp_().sub_(p)).to(HALF) @ model.head
+        for start in range(0, len(ours), 64):
+            part = slice(start, start + 64)
+            wanted = F.linear(theirs[part].to(HALF), dense_head).float()
+            given = F.linear(ours[part].to(HALF), model.head).float().add_(model.head_bias)
+            p, q = wanted.softmax(-1), given.softmax(-1)
+            norms = _log_norm(wanted, p) - _log_norm(given, q)
+            total += float(wanted.sub_(given).mul_(p).sum()) - float(norms.sum())
+            grad[part] = q.sub_(p).to(HALF) @ model.head
         ctx.save_for_backward(grad / len(ours))
         return torch.tensor(total / len(ours))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return ctx.saved_tensors[0] * grads[0], None, None, None
+
+
+def _log_norm(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """log sum exp of logits [T, V], whose softmax p is there already: read off the likeliest."""
+    largest, index = logits.max(-1)
+    return largest - p.gather(1, index[:, None])[:, 0].log()
 
 
 def head_kl(model: GradedModel, ours: torch.Tensor, theirs: torch.Tensor, dense_head: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ channels (docs/dynamic.md has the study).
 
 theta is a function of the budget: the untrained thresholds (reverse water-filling, compress/thresholds.py) plus learned
 corrections that are linear in the bits, `theta(B) = theta_0(B) + delta + slope (B - 3)`, constant outside the budgets
-trained for. So is the offset's gain.
+trained for. So is the offset's gain. `level` moves all thresholds together, linear in the bits as well; no gradient
+moves it but the controller that keeps the budgets (`lowtide.learn.level`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ LIMIT = 4.0
 MIDDLE = 3.0
 """Budget around which what depends on it is linear."""
 TINY = 1e-30
+THIN, NEAR = 16, 0.25
+"""Densities are counted on every THIN-th token, within NEAR log2 units of a threshold."""
 
 
 class _Clip(torch.autograd.Function):
@@ -103,6 +106,7 @@ class Ipn(nn.Module):
                     learn(name, "probe", probe)
                     learn(name, "bias", torch.zeros(self.features))
         self.table = nn.ParameterDict(table)
+        self.level = nn.Parameter(torch.zeros(2), requires_grad=False)
 
     def get(self, name: str, what: str) -> nn.Parameter | None:
         """A group's parameter, None if it does not learn that."""
@@ -116,7 +120,7 @@ class Ipn(nn.Module):
 
     def theta(self, name: str, bits: float) -> torch.Tensor:
         """Thresholds f32 [S] in log2 at a budget."""
-        base = self._between(self.tables[name], bits)
+        base = self._between(self.tables[name], bits) + self.level[0] + self.level[1] * self.place(bits)
         delta, slope = self.get(name, "delta"), self.get(name, "slope")
         if delta is None or slope is None:
             return base
@@ -126,6 +130,10 @@ class Ipn(nn.Module):
     def tilt(self, bits: float) -> float:
         """What corrections are linear in."""
         return min(max(bits, self.low), self.high) - MIDDLE
+
+    def place(self, bits: float) -> float:
+        """Where a budget lies among those trained for: from -1 to 1."""
+        return (min(max(bits, self.low), self.high) - (self.low + self.high) / 2) / ((self.high - self.low) / 2)
 
     def _between(self, table: torch.Tensor, bits: float) -> torch.Tensor:
         """Rows of the grid interpolated; outside of it the nearest."""
@@ -182,11 +190,22 @@ class At:
 
     shift moves every threshold (log2), tau is the temperature of the masks' gradient in levels' log2 units.
     offsets[name], margins[name] keep o f32 [T] and, with keep_margins, log2 score - theta f32 [S, T, in].
+    density[name] f32 [S], with keep_density, is by how many channels a token reads less for each log2 unit that a
+    threshold rises.
     """
 
-    def __init__(self, ipn: Ipn, bits: float, shift: float = 0.0, tau: float = 0.7, keep_margins: bool = False) -> None:
+    def __init__(
+        self,
+        ipn: Ipn,
+        bits: float,
+        shift: float = 0.0,
+        tau: float = 0.7,
+        keep_margins: bool = False,
+        keep_density: bool = False,
+    ) -> None:
         self.ipn, self.bits, self.shift, self.tau = ipn, bits, shift, tau
-        self.keep_margins = keep_margins
+        self.keep_margins, self.keep_density = keep_margins, keep_density
+        self.density: dict[str, torch.Tensor] = {}
         self.offsets: dict[str, torch.Tensor] = {}
         self.margins: dict[str, torch.Tensor] = {}
         self._features: dict[str, torch.Tensor] = {}
@@ -210,6 +229,10 @@ class At:
         theta = ipn.theta(name, self.bits) + self.shift
         if self.keep_margins:
             self.margins[name] = score[None] - theta[:, None, None]
+        if self.keep_density:
+            some = score.detach()[::THIN]
+            near = (some[None] - theta.detach()[:, None, None]).abs_() < NEAR
+            self.density[name] = near.sum((1, 2)) / (2 * NEAR * len(some))
         return score, theta
 
 

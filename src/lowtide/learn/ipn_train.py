@@ -1,8 +1,8 @@
 """Training the importance prediction network, alone or together with the model it masks.
 
 Every step draws a budget, so one network serves all of them; joint training draws the budget asked for more often than
-the rest. The target of the hinge is ramped down from one bit above. Held-out windows decide which step is kept: the
-mean over budgets of log KL, corrected for bits that differ from the budget (`ipn_loss.ELASTICITY`).
+the rest. Bits are on the budget from the first step on (`lowtide.learn.level`). Held-out windows decide which step is
+kept: the mean over budgets of log KL, corrected for bits that differ from the budget (`ipn_loss.ELASTICITY`).
 
 Step n draws from a generator seeded by (seed, n), so a resumed run goes on as if it had never stopped. With several
 processes (`lowtide.learn.parallel`) all draw the same windows and each takes its share of them.
@@ -22,6 +22,7 @@ from lowtide.errors import LowtideError
 from lowtide.learn.graded import HALF, GradedModel, head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import ELASTICITY, Prices, loss_of
+from lowtide.learn.level import densities, hold, project
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.shards import whole
 
@@ -45,7 +46,7 @@ class IpnOptions:
     Attributes:
         steps: of end-to-end training; 0 leaves the self-supervised start.
         bits: lowest and highest budget; focus: probability of drawing the lowest.
-        windows: of a step; ramp: part of the steps in which the target comes down.
+        windows: of a step.
         rate, probe_rate: of Adam, for thresholds, importances and mixes, and for probes.
         weight_rate: for the model's weights, biases and norms, relative to each matrix's root mean square; 0 leaves the
             model alone; None: by the model's width (`run_ipn.rate_for`).
@@ -58,7 +59,6 @@ class IpnOptions:
     bits: tuple[float, float] = (2.0, 4.0)
     focus: float = 0.0
     windows: int = 8
-    ramp: float = 0.3
     rate: float = 0.005
     probe_rate: float = 0.0005
     weight_rate: float | None = 0.0
@@ -113,6 +113,7 @@ class Learner:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that learns, by name."""
         own = {f"ipn/{k}": p for k, p in self.ipn.table.items() if not k.startswith("head/")}
+        own["ipn/level"] = self.ipn.level
         return own | {f"model/{k}": p for k, p in self.model.parameters().items()}
 
     def optimiser(self) -> torch.optim.Optimizer:
@@ -152,14 +153,13 @@ class Learner:
         mine = rows[team.share(o.windows)]
         ids = self.ids[mine]
         theirs = torch.stack([self._dense(int(row)) for row in mine])
-        at = At(self.ipn, bits, tau=o.tau, keep_margins=o.prices.needs_margins)
+        at = At(self.ipn, bits, tau=o.tau, keep_margins=o.prices.needs_margins, keep_density=True)
         if team.rank:  # perturbed copies are each process's own
             draw.manual_seed((team.rank << 40) + o.seed * 1_000_003 + number)
         self.model.refresh()
         hidden, read = self.model.hidden(ids, at)
         kl, read = team.level(head_kl(self.model, hidden, theirs, self.dense_head)), team.level(read)
-        ramp = max(0.0, 1.0 - number / max(o.ramp * o.steps, 1.0))
-        loss = loss_of(o.prices, self.model, kl, read, bits + ramp, at, draw)
+        loss = loss_of(o.prices, self.model, kl, read, bits, at, draw)
         figures = {"bits": bits, "read": float(read.detach().mean()), "kl": float(kl.detach())}
         figures["tokens"] = o.windows * ids.shape[1]
         optimiser.zero_grad()
@@ -170,7 +170,10 @@ class Learner:
         rate = min(1.0, (number + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * number / o.steps))
         for group in optimiser.param_groups:
             group["lr"] = group["rate0"] * rate
+        density = {name: team.reduce_mean(d) for name, d in densities(self.model, at).items()}
+        project(self.ipn, density)
         optimiser.step()
+        hold(self.ipn, bits, figures["read"], float(sum(d.sum() for d in density.values())))
         return figures
 
     @torch.no_grad()

@@ -98,26 +98,19 @@ class _Whole(nn.Module):
 
 @dataclass
 class _ThinGroup(GradedGroup):
-    """A group that holds neither planes nor scales, and of `always` what is not 0: places i64 and values bfloat16."""
+    """A group that holds no planes."""
 
     code: Code | None = None
-    places: torch.Tensor | None = None
-    values: torch.Tensor | None = None
 
-    def coded(self, *parameters: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    def coded(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Made from the parameters, which are whole."""
-        assert self.code is not None and self.places is not None and self.values is not None
-        planes, scale = self.code.of(*parameters)
-        always = torch.zeros(self.out * self.inputs, dtype=HALF)
-        always[self.places] = self.values
-        return planes, always.view(self.out, self.inputs), scale
+        assert self.code is not None
+        return self.code.of(*parameters)
 
 
 def _thin(group: GradedGroup, code: Code) -> GradedGroup:
     """The group without what its weights tell."""
     code.thin()
-    flat = group.always.flatten()
-    places = flat.nonzero()[:, 0]
-    fields = (group.stored_bias, group.mean, group.open, group.side_bits, group.learned)
     nothing = torch.empty(0, dtype=HALF)
-    return _ThinGroup(group.name, [], nothing, *fields, code=code, places=places, values=flat[places])
+    fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.open, group.side_bits)
+    return _ThinGroup(group.name, nothing, *fields, learned=group.learned, code=code)
