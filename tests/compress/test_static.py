@@ -128,6 +128,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(small_model, tmp_path, 
     [
         ({"size_mb": 1.0, "kl": 0.1}, "--size-mb, --kl and --step: give one of them"),
         ({"size_mb": 0.0}, "--size-mb: must be a number above 0"),
+        ({"step": 1e-4, "feedback": True}, "--feedback: is for codes to be read dynamically"),
         ({"kl": float("nan")}, "--kl: must be a number above 0"),
         ({"step": -1.0}, "--step: must be"),
         ({"coding": "zip"}, "--coding zip: must be one of packed, entropy"),

@@ -35,6 +35,13 @@ def compress(
         int | None, typer.Option(help="Bits per weight stored at most: 2, 4, 6 or 8. [default: 6; 8 if made small]")
     ] = None,
     coding: Annotated[str, typer.Option(help="Of the file: entropy (small) or packed.")] = "entropy",
+    feedback: Annotated[
+        bool | None,
+        typer.Option(
+            "--feedback/--no-feedback",
+            help="Choose codes again so that errors cancel. [default: for up to 0.5 billion weights]",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled text.")] = 0,
     force: Force = False,
     policy: Annotated[
@@ -90,6 +97,7 @@ def compress(
             seed=seed,
             force=force,
             policies=policy or DEFAULT_POLICIES,
+            feedback=feedback,
             progress=progress,
         )
     if json:

@@ -108,6 +108,8 @@ def compress(
     if (target.exists() or target.is_symlink()) and not force:
         raise LowtideError(f"{target}: exists already; choose another folder or give --force")
     texts = _policies(policies, bits // 2)
+    if feedback is not None and small:
+        raise LowtideError("--feedback: is for codes to be read dynamically; those made to be small have their own")
     if calibration_tokens is not None and calibration is None:
         raise LowtideError("--calibration-tokens: needs --calibration, the text to take them from")
     source = open_source(model) if isinstance(model, (str, Path)) else model

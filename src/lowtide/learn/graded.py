@@ -199,7 +199,7 @@ class GradedModel:
         artifact: its scales, outliers and digits.
         dense: the model it was made from: what is distilled, and the weights that training begins with.
         train_weights: hold the decoder's weights as parameters; `refresh` codes them anew. Weights that were trained
-            jointly before go on from their digits.
+            jointly before, or coded with error feedback, go on from their digits.
 
     Raises:
         LowtideError: the artifact is of another model.
@@ -216,7 +216,8 @@ class GradedModel:
         # The artifact's norms, not the dense model's: joint training moves them.
         stored = {name: torch.from_numpy(np.array(artifact.tensor(name))) for name, _ in norm_specs(self.config)}
         learned = artifact.manifest.stats.get("learned")
-        from_digits = isinstance(learned, dict) and bool(learned.get("joint"))
+        trained = isinstance(learned, dict) and bool(learned.get("joint"))
+        from_digits = trained or "feedback_tokens" in artifact.manifest.stats
         for index in range(self.config.num_layers):
             pair = [nn.Parameter(stored[f"model.layers.{index}.{n}"], requires_grad=train_weights) for n in LAYER_NORMS]
             self.norms.append(nn.ParameterList(pair))

@@ -6,8 +6,8 @@ have in common adds up, and training spends its steps on another operating point
 
 After a step that read `read` bits at budget B the level is moved by `GAIN (read - B) / density`, where the density,
 -d bits / d theta, is counted in the same forward pass. Two numbers are kept (`Ipn.level`), at the middle of the budgets
-trained for and the slope from there to either end, and changed by the least that moves the level at B so far. Like everything else that
-learns they are part of checkpoints.
+trained for and the slope from there to either end, and changed by the least that moves the level at B so far. Like
+everything else that learns they are part of checkpoints.
 
 What the gradient says about all thresholds together is taken out of it (`project`): where a bit is worth as much as
 its price there is nothing to gain from it, and otherwise the controller would only undo it. What is taken is
