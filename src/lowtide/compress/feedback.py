@@ -95,14 +95,9 @@ def recode(coded: Coded, seen: Seen, target: torch.Tensor, sweeps: int = 2) -> N
             before = coded.parts(first, last)
             for _ in range(1 if runs > 1 else sweeps):
                 _sweep(coded, problem, first, last)
-            features = _features(seen, first, last)
-            seen.error -= features @ (coded.parts(first, last) - before)
-
-
-def _features(seen: Seen, first: int, last: int) -> torch.Tensor:
-    """psi of a run of channels, f32 [T, (last - first) * S]."""
-    a = seen.inputs[:, first:last]
-    return torch.stack([a * mask[:, first:last] for mask in seen.open], 2).flatten(1)
+            moved = coded.parts(first, last).sub_(before).unflatten(0, (last - first, coded.slices))
+            for k, mask in enumerate(seen.open):
+                seen.error.addmm_(seen.inputs[:, first:last] * mask[:, first:last], moved[:, k], alpha=-1)
 
 
 @dataclass
@@ -116,9 +111,7 @@ class _Problem:
 def _problem(coded: Coded, seen: Seen, target: torch.Tensor, energy: torch.Tensor, first: int, last: int) -> _Problem:
     """cost(u) = u' moments u - 2 u' wanted of a run of channels, the others' digits held."""
     tokens, count, slices = len(seen.inputs), last - first, coded.slices
-    weighted = _features(seen, first, last).mul_(seen.weight.sqrt()[:, None])
-    moments = weighted.T @ weighted / tokens
-    slope = weighted.T @ (seen.error * seen.weight.sqrt()[:, None]) / tokens
+    moments, slope = _sums(seen, first, last)
     now = coded.parts(first, last)
     shrink = min(MAX_SHRINK, SHRINK * seen.inputs.shape[1] / tokens)
     own = _own(moments, slices)
@@ -128,11 +121,28 @@ def _problem(coded: Coded, seen: Seen, target: torch.Tensor, energy: torch.Tenso
     a, b = seen.inputs[:, first:last], seen.wanted[:, first:last] * seen.weight[:, None]
     asked = torch.stack([(a * mask[:, first:last] * b).mean(0) for mask in seen.open], 1)
     given = torch.bmm(own, now.view(count, slices, -1))
-    slope = slope.view(count, slices, -1).mul_(1 - shrink).add_((asked[:, :, None] * per_channel - given), alpha=shrink)
+    slope.mul_(1 - shrink).add_(asked[:, :, None] * per_channel - given, alpha=shrink)
     prior = OWN * energy[first:last] + FLOOR * float(energy.mean())
     slope += prior[:, None, None] * (per_channel - now.view(count, slices, -1).sum(1, keepdim=True))
     _own_view(moments, slices).add_(shrink * own + prior[:, None, None])
     return _Problem(moments, slope.flatten(0, 1) + moments @ now)
+
+
+def _sums(seen: Seen, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over tokens of psi psi', f32 [n S, n S], and of psi e', f32 [n, S, out], for a run of n channels."""
+    slices, count, tokens = len(seen.open), last - first, len(seen.inputs)
+    root = seen.weight.sqrt()[:, None]
+    features = [seen.inputs[:, first:last] * mask[:, first:last] * root for mask in seen.open]
+    moments = torch.empty(count, slices, count, slices)
+    slope = torch.empty(count, slices, seen.error.shape[1])
+    error = seen.error * root
+    for k, one in enumerate(features):
+        slope[:, k] = one.T @ error / tokens
+        for m in range(k, slices):
+            found = one.T @ features[m] / tokens
+            moments[:, k, :, m] = found
+            moments[:, m, :, k] = found.T
+    return moments.view(count * slices, -1), slope
 
 
 def _own_view(moments: torch.Tensor, slices: int) -> torch.Tensor:
