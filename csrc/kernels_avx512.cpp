@@ -32,7 +32,7 @@ static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const 
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       line[i] = _mm512_loadu_si512(base + offset[e + i]);
-      _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
+      _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T1);
     }
     const __m512i ab_lo = _mm512_unpacklo_epi8(line[0], line[1]), ab_hi = _mm512_unpackhi_epi8(line[0], line[1]);
     const __m512i cd_lo = _mm512_unpacklo_epi8(line[2], line[3]), cd_hi = _mm512_unpackhi_epi8(line[2], line[3]);
@@ -54,7 +54,7 @@ static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, cons
     const auto part = [&](int i) { return _mm_loadu_si128((const __m128i *)(base + offset[e + i])); };
     __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(1), 1);
     v = _mm512_inserti32x4(_mm512_inserti32x4(v, part(2), 2), part(3), 3);
-    for (int i = 0; i < 4; ++i) _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
+    for (int i = 0; i < 4; ++i) _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T1);
     v = _mm512_permutexvar_epi8(quads, v);
     const __m512i c = four_coefficients(coef + e);
     for (int p = 0; p < 4; ++p) sum[p] = _mm512_dpbusd_epi32(sum[p], _mm512_and_si512(v, digit_mask(p)), c);
