@@ -7,12 +7,12 @@
 
 namespace lowtide {
 
-// The digit product takes entries in blocks of this many.
-constexpr int64_t kBlock = 16;
+// The digit product takes entries in blocks of this many: tile after tile, whose sums are loaded and stored once a block.
+constexpr int64_t kBlock = 40;
 // It asks memory for the block this many bytes ahead, at most kAhead blocks: into the second-level cache, which can
 // wait for more lines at once than the first.
 constexpr int64_t kAheadBytes = 6144;
-constexpr int64_t kAhead = 8;
+constexpr int64_t kAhead = 4;
 // Prefill quantises inputs in blocks of this many channels; a block's sums of products stay exact in a float.
 constexpr int64_t kDepth = 128;
 // Attention takes at most this many queries at once.

@@ -12,7 +12,7 @@ namespace LT_NS {
 
 // Bytes of two runs become pairs for vpmaddubsw. A pair adds at most 3 * 127 * 2 = 762 to a 16-bit sum, so 42 pairs
 // fit; after 40 the sums are added to those of 32 bits, which are kept in the order of the rows.
-constexpr int64_t kStep = 5 * lowtide::kBlock;
+constexpr int64_t kStep = 2 * lowtide::kBlock;
 static_assert(kStep / 2 * 762 <= 32767, "sums of 16 bits");
 
 static inline __m256i two_coefficients(const int8_t *coef) {
