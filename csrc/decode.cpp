@@ -148,22 +148,35 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
   s.bits_[group] = 2 * w.selection.read_levels() * rows + (ipn ? g.ipn_side_bits : g.side_bits);
 }
 
+bool Passes::next(Pass &pass) {
+  for (; linear_ < group_.linear_count; ++linear_) {
+    const lt_linear &l = group_.linear[linear_];
+    const int64_t count = Tiling(l.out).count, begin = share_.begin - before_, end = std::min(share_.end - before_, count);
+    if (begin < end) {
+      pass = {&l, begin, std::min(end, begin + kPassTiles)};
+      share_.begin = before_ + pass.end;
+      return true;
+    }
+    before_ += count;
+  }
+  return false;
+}
+
 // This thread's tiles of every linear layer of the group.
 void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   if (by_entries_[group]) return share_entries(tid, group, y, accumulate);
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
-  const Share share = share_of(g, tid, pool_.size());
-  int64_t unit = 0;
-  for (int64_t i = 0; i < g.linear_count; ++i) {
-    const lt_linear &l = g.linear[i];
-    const Tiling t(l.out);
-    const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
-    unit += t.count;
-    if (begin >= end) continue;
-    k_.offsets(l, w.selection);
-    for (int64_t k = begin; k < end; k += kPassTiles)
-      k_.tiles(g, l, w.selection, k, std::min(end, k + kPassTiles), accumulate, w.acc.data(), y[i] + t.first(k));
+  Passes passes(g, tid, pool_.size());
+  Pass pass, next;
+  bool more = passes.next(pass);
+  if (more) k_.ask(pass, w.selection);
+  for (const lt_linear *listed = nullptr; more; pass = next) {
+    float *to = y[passes.linear()] + Tiling(pass.layer->out).first(pass.begin);
+    if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
+    listed = pass.layer;
+    more = passes.next(next);
+    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, more ? &next : nullptr);
   }
 }
 
@@ -178,6 +191,7 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   w.selection.keep(tid, threads);
   int32_t *to = w.sums(turn);
   for (int64_t i = 0; i < g.linear_count; ++i) {
+    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count}, w.selection);
     k_.offsets(g.linear[i], w.selection);
     k_.partial(g.linear[i], w.selection, to);
     to += g.slices * Tiling(g.linear[i].out).count * 256;
@@ -223,7 +237,7 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
     }
     rows += t.rows(k);
     if (found++ % pool_.size() == tid)
-      k_.tiles(groups_[group], l, w.selection, k, k + 1, false, w.acc.data(), step.logits + t.first(k));
+      k_.tiles(groups_[group], {&l, k, k + 1}, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
   }
   if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
 }

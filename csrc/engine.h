@@ -146,6 +146,19 @@ struct Share {
 };
 Share share_of(const lt_group &g, int tid, int threads);
 
+// A thread's tiles of a group, pass by pass.
+class Passes {
+ public:
+  Passes(const lt_group &g, int tid, int threads) : group_(g), share_(share_of(g, tid, threads)) {}
+  bool next(Pass &pass);  // false after the last one
+  int64_t linear() const { return linear_; }  // which of the group's the last pass belongs to
+
+ private:
+  const lt_group &group_;
+  Share share_;              // what is left
+  int64_t linear_ = 0, before_ = 0;  // tiles of the layers before this one
+};
+
 // Threads share out the entries of matrices whose runs they would cut to pieces shorter than this, in bytes.
 constexpr int64_t kShortRun = 256;
 constexpr int kMaxSharers = 64;

@@ -57,6 +57,12 @@ struct HeadCache {
   float *key_scale, *value_scale;
 };
 
+// Tiles [begin, end) of a linear layer, at most kPassTiles: what is summed up at once.
+struct Pass {
+  const lt_linear *layer;
+  int64_t begin, end;
+};
+
 struct Kernels {
   const char *name;
   // Levels from thresholds[slices] and from `score` (or |x - mean| * importance f16 [in] where score is null).
@@ -70,10 +76,12 @@ struct Kernels {
   // group's thresholds by.
   void (*probe)(const lt_group &g, const float *x, float *features);
   float (*waterline)(const lt_group &g, const float *features, float gain);
-  // Tiles [begin, end), at most kPassTiles, of one linear layer: y f32 points to the first tile's first row.
-  // s.offset must hold this matrix' offsets; acc is scratch, i32 [kPassTiles * 256].
-  void (*tiles)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end, bool accumulate,
-                int32_t *acc, float *y);
+  // Asks memory for what a pass begins with.
+  void (*ask)(const Pass &p, const Selection &s);
+  // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets; acc
+  // is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, as soon as its own weights have come.
+  void (*tiles)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
+                const Pass *next);
   // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).
   // First the digit sums of the entries in s, acc i32 [slices, tiles * 256]; s.offset must hold this matrix' offsets.
   void (*partial)(const lt_linear &l, const Selection &s, int32_t *acc);

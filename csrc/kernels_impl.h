@@ -25,6 +25,7 @@ using lowtide::Kernels;
 using lowtide::kAhead;
 using lowtide::kAheadBytes;
 using lowtide::kBlock;
+using lowtide::Pass;
 using lowtide::Selection;
 using lowtide::Tiling;
 
@@ -110,8 +111,21 @@ static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &
   }
 }
 
-static void tiles(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
-                  bool accumulate, int32_t *acc, float *y) {
+// The digit product looks ahead by itself; its first entries are asked for here.
+static void ask(const Pass &p, const Selection &s) {
+  const lt_linear &l = *p.layer;
+  const Tiling t(l.out);
+  const int64_t run = t.run_bytes(), bytes = t.byte_offset(p.end - 1) + t.width(p.end - 1) / 4 - t.byte_offset(p.begin);
+  const int64_t ahead = ahead_of(bytes), n = s.class_begin[s.slices] < ahead ? s.class_begin[s.slices] : ahead;
+  const uint8_t *base = l.weight + t.byte_offset(p.begin);
+  for (int64_t e = 0; e < n; ++e)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(base + s.run[e] * run + b, 0, 2);
+}
+
+static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
+                  const Pass *next) {
+  const lt_linear &l = *p.layer;
+  const int64_t begin = p.begin, end = p.end;
   const Tiling t(l.out);
   const int64_t wide = (end < t.wide ? end : t.wide) - begin > 0 ? (end < t.wide ? end : t.wide) - begin : 0;
   const int64_t narrow = end - begin - wide, bytes = wide * 64 + narrow * 16;
@@ -131,6 +145,7 @@ static void tiles(const lt_group &g, const lt_linear &l, const Selection &s, int
       to += width;
     }
   }
+  if (next) ask(*next, s);
   write_tiles(g, l, s, begin, end, accumulate, sum, y);
 }
 
@@ -175,8 +190,8 @@ static float sum(const void *p, int64_t bytes) {
   return to_float(acc[0] ^ acc[1] ^ acc[2] ^ acc[3])[0];
 }
 
-static const Kernels kTable = {LT_NAME,  select,  offsets, scores,    probe,    waterline, tiles,        partial,
-                               combine,  rmsnorm, swiglu,  rope,      attention, store_kv, embed,        quantise,
-                               side_by_side, unpack, multiply, finish, sum};
+static const Kernels kTable = {LT_NAME, select,  offsets, scores,    probe,    waterline, ask,      tiles,
+                               partial, combine, rmsnorm, swiglu,    rope,     attention, store_kv, embed,
+                               quantise, side_by_side, unpack, multiply, finish, sum};
 
 }  // namespace LT_NS
