@@ -153,7 +153,7 @@ bool Passes::next(Pass &pass) {
     const lt_linear &l = group_.linear[linear_];
     const int64_t count = Tiling(l.out).count, begin = share_.begin - before_, end = std::min(share_.end - before_, count);
     if (begin < end) {
-      pass = {&l, begin, std::min(end, begin + kPassTiles)};
+      pass = {&l, begin, std::min(end, begin + kPassTiles), 0};
       share_.begin = before_ + pass.end;
       return true;
     }
@@ -176,8 +176,17 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
     if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
     listed = pass.layer;
     more = passes.next(next);
-    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, more ? &next : nullptr);
+    const bool ask = more || guess(tid, group + 1, next);
+    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, ask ? &next : nullptr);
   }
+}
+
+// This thread's first pass over a group whose input is not known yet: most channels' coarsest digits will be read.
+bool Engine::guess(int tid, int64_t group, Pass &pass) const {
+  if (group > head_group()) return false;
+  const bool any = Passes(groups_[group], tid, pool_.size()).next(pass);
+  pass.guessed = groups_[group].in;
+  return any;
 }
 
 // The same, but every thread reads whole runs of its part of the channels, and then adds up all threads' sums for its
@@ -191,7 +200,7 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   w.selection.keep(tid, threads);
   int32_t *to = w.sums(turn);
   for (int64_t i = 0; i < g.linear_count; ++i) {
-    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count}, w.selection);
+    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count, 0}, w.selection);
     k_.offsets(g.linear[i], w.selection);
     k_.partial(g.linear[i], w.selection, to);
     to += g.slices * Tiling(g.linear[i].out).count * 256;
@@ -237,7 +246,7 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
     }
     rows += t.rows(k);
     if (found++ % pool_.size() == tid)
-      k_.tiles(groups_[group], {&l, k, k + 1}, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
+      k_.tiles(groups_[group], {&l, k, k + 1, 0}, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
   }
   if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
 }

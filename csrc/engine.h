@@ -109,6 +109,7 @@ class Engine {
   void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
+  bool guess(int tid, int64_t group, Pass &pass) const;
   void share_entries(int tid, int64_t group, float *const *y, bool accumulate);
   void leading(int tid, Sequence &s, const float *logits);
   void refine(int tid, Sequence &s, const lt_step &step);

@@ -17,6 +17,8 @@ constexpr int64_t kAhead = 4;
 constexpr int64_t kDepth = 128;
 // Attention takes at most this many queries at once.
 constexpr int64_t kQueries = 8;
+// Every 16 outliers, which leave memory idle, ask for this many lines of the next pass.
+constexpr int kLines = 4;
 // Outliers and exact channels take this many tokens side by side.
 constexpr int64_t kSide = 32;
 // An int8 coefficient reaches this many times as far as the mean of its class; larger ones are entered several times.
@@ -61,6 +63,7 @@ struct HeadCache {
 struct Pass {
   const lt_linear *layer;
   int64_t begin, end;
+  int64_t guessed;  // 0, or the layer's inputs, where its selection is not known yet
 };
 
 struct Kernels {
@@ -79,7 +82,7 @@ struct Kernels {
   // Asks memory for what a pass begins with.
   void (*ask)(const Pass &p, const Selection &s);
   // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets; acc
-  // is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, as soon as its own weights have come.
+  // is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, once its own weights have come.
   void (*tiles)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
                 const Pass *next);
   // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).

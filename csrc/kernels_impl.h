@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ahead_impl.h"
 #include "decoder_impl.h"
 #include "ipn_impl.h"
 #include "kernels.h"
@@ -22,9 +23,6 @@
 namespace LT_NS {
 
 using lowtide::Kernels;
-using lowtide::kAhead;
-using lowtide::kAheadBytes;
-using lowtide::kBlock;
 using lowtide::Pass;
 using lowtide::Selection;
 using lowtide::Tiling;
@@ -57,32 +55,31 @@ static inline __attribute__((always_inline)) int64_t outliers_at(const lt_linear
   return column;
 }
 
-static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y) {
+static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y, Requests &next) {
   int64_t column = 0, e = l.outlier_ptr[tile];
   const int64_t end = l.outlier_ptr[tile + 1];
-  for (; e + 16 <= end; e += 16) column = outliers_at(l, e, 16, column, a, y);  // a fixed length: a fifth faster
+  for (; e + 16 <= end; e += 16) {  // a fixed length: a fifth faster
+    column = outliers_at(l, e, 16, column, a, y);
+    next.lines(lowtide::kLines);
+  }
   if (e < end) outliers_at(l, e, end - e, column, a, y);
 }
 
 // Row scales, bias and exact channels of one tile, and between them, as the specification orders it, its outliers.
-static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y) {
+static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y,
+                              Requests &next) {
   const Tiling t(l.out);
   const int64_t first = t.first(tile), rows = t.rows(tile);
   for (int64_t i = 0; i < rows; i += 16)
     store_part(y + i, load_part(y + i, rows - i) * load_half_part(l.row_scale + first + i, rows - i) +
                           load_half_part(l.bias + first + i, rows - i), rows - i);
-  outliers(l, tile, a, y);
+  outliers(l, tile, a, y, next);
   for (int64_t e = 0; e < g.exact_count; ++e) {
     const float x = a[g.exact_channels[e]];
     const uint16_t *column = l.exact + e * l.out + first;
     for (int64_t i = 0; i < rows; i += 16)
       store_part(y + i, load_part(y + i, rows - i) + load_half_part(column + i, rows - i) * x, rows - i);
   }
-}
-
-static int64_t ahead_of(int64_t bytes) {
-  const int64_t ahead = kAheadBytes / (bytes * kBlock) + 1;
-  return (ahead < kAhead ? ahead : kAhead) * kBlock;
 }
 
 // sum [rows] += class k's digit sums of `width` rows, scaled.
@@ -95,12 +92,13 @@ static void add_class(const Selection &s, int k, const int32_t *rows, int64_t wi
   }
 }
 
-// Everything after the digits for tiles [begin, end), whose sums lie one after the other in `sum`.
+// Everything after the digits for tiles [begin, end), whose sums lie one after the other in `sum`; meanwhile memory is
+// asked for the next ones.
 static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
-                        bool accumulate, float *sum, float *y) {
+                        bool accumulate, float *sum, float *y, Requests next) {
   const Tiling t(l.out);
   for (int64_t i = begin; i < end; ++i) {
-    scale_and_correct(g, l, i, s.a.data(), sum);
+    scale_and_correct(g, l, i, s.a.data(), sum, next);
     float *to = y + t.first(i) - t.first(begin);
     if (accumulate) {
       add(sum, t.rows(i), to);
@@ -109,18 +107,10 @@ static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &
     }
     sum += t.width(i);
   }
+  next.beginning();
 }
 
-// The digit product looks ahead by itself; its first entries are asked for here.
-static void ask(const Pass &p, const Selection &s) {
-  const lt_linear &l = *p.layer;
-  const Tiling t(l.out);
-  const int64_t run = t.run_bytes(), bytes = t.byte_offset(p.end - 1) + t.width(p.end - 1) / 4 - t.byte_offset(p.begin);
-  const int64_t ahead = ahead_of(bytes), n = s.class_begin[s.slices] < ahead ? s.class_begin[s.slices] : ahead;
-  const uint8_t *base = l.weight + t.byte_offset(p.begin);
-  for (int64_t e = 0; e < n; ++e)
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(base + s.run[e] * run + b, 0, 2);
-}
+static void ask(const Pass &p, const Selection &s) { Requests(p, s).beginning(); }
 
 static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
                   const Pass *next) {
@@ -145,8 +135,7 @@ static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool acc
       to += width;
     }
   }
-  if (next) ask(*next, s);
-  write_tiles(g, l, s, begin, end, accumulate, sum, y);
+  write_tiles(g, l, s, begin, end, accumulate, sum, y, next ? Requests(*next, s) : Requests());
 }
 
 static void partial(const lt_linear &l, const Selection &s, int32_t *acc) {
@@ -179,7 +168,7 @@ static void combine(const lt_group &g, const lt_linear &l, const Selection &s, i
     }
     to += width;
   }
-  write_tiles(g, l, s, begin, end, accumulate, sum, y);
+  write_tiles(g, l, s, begin, end, accumulate, sum, y, Requests());
 }
 
 static float sum(const void *p, int64_t bytes) {
