@@ -140,7 +140,7 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
   float thresholds[LT_MAX_SLICES];
   const float *score;
   thresholds_of(tid, s, group, x, policy, thresholds, &score);
-  const bool ipn = policy.rule == LT_IPN;
+  const bool ipn = w.ipn = policy.rule == LT_IPN;
   k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, thresholds, w.selection);
   if (tid != 0) return;
   int64_t rows = 0;
@@ -153,7 +153,7 @@ bool Passes::next(Pass &pass) {
     const lt_linear &l = group_.linear[linear_];
     const int64_t count = Tiling(l.out).count, begin = share_.begin - before_, end = std::min(share_.end - before_, count);
     if (begin < end) {
-      pass = {&l, begin, std::min(end, begin + kPassTiles), 0};
+      pass = {&l, begin, std::min(end, begin + kPassTiles), nullptr};
       share_.begin = before_ + pass.end;
       return true;
     }
@@ -169,6 +169,7 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   Worker &w = workers_[tid];
   Passes passes(g, tid, pool_.size());
   Pass pass, next;
+  Guess after;
   bool more = passes.next(pass);
   if (more) k_.ask(pass, w.selection);
   for (const lt_linear *listed = nullptr; more; pass = next) {
@@ -176,16 +177,28 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
     if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
     listed = pass.layer;
     more = passes.next(next);
-    const bool ask = more || guess(tid, group + 1, next);
+    const bool ask = more || guess(tid, group + 1, next, after);
     k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, ask ? &next : nullptr);
   }
 }
 
-// This thread's first pass over a group whose input is not known yet: most channels' coarsest digits will be read.
-bool Engine::guess(int tid, int64_t group, Pass &pass) const {
+// This thread's first pass over a group whose input is not known yet, and what choosing will read.
+bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
   if (group > head_group()) return false;
-  const bool any = Passes(groups_[group], tid, pool_.size()).next(pass);
-  pass.guessed = groups_[group].in;
+  const lt_group &g = groups_[group];
+  const bool ipn = workers_[tid].ipn;
+  const int64_t half = 2 * g.in, features = ipn ? 4 * g.ipn_features : 0;
+  guess = {g.in,
+           {{group % 2 ? nullptr : norms_[group / 2], 4 * g.in},
+            {g.mean, half},
+            {g.col_scale, half},
+            {ipn ? g.ipn_importance : g.importance, half},
+            {g.ipn_probe, features / 4 * g.in},
+            {g.ipn_scale, features},
+            {g.ipn_bias, features},
+            {g.ipn_mix, features}}};
+  const bool any = Passes(g, tid, pool_.size()).next(pass);
+  pass.guess = &guess;
   return any;
 }
 
@@ -200,13 +213,16 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   w.selection.keep(tid, threads);
   int32_t *to = w.sums(turn);
   for (int64_t i = 0; i < g.linear_count; ++i) {
-    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count, 0}, w.selection);
+    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count, nullptr}, w.selection);
     k_.offsets(g.linear[i], w.selection);
     k_.partial(g.linear[i], w.selection, to);
     to += g.slices * Tiling(g.linear[i].out).count * 256;
   }
   pool_.barrier();
   const Share share = share_of(g, tid, threads);
+  Pass after;
+  Guess guessed;
+  const bool ask = guess(tid, group + 1, after, guessed);
   int64_t unit = 0, place = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) {
     const lt_linear &l = g.linear[i];
@@ -214,7 +230,9 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
     const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
     const int32_t *sums[kMaxSharers];
     for (int p = 0; p < threads; ++p) sums[p] = workers_[p].sums(turn) + place;
-    if (begin < end) k_.combine(g, l, w.selection, begin, end, accumulate, sums, threads, y[i] + t.first(begin));
+    if (begin < end)
+      k_.combine(g, {&l, begin, end, nullptr}, w.selection, accumulate, sums, threads, y[i] + t.first(begin),
+                 ask ? &after : nullptr);
     unit += t.count;
     place += g.slices * t.count * 256;
   }
@@ -246,7 +264,7 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
     }
     rows += t.rows(k);
     if (found++ % pool_.size() == tid)
-      k_.tiles(groups_[group], {&l, k, k + 1, 0}, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
+      k_.tiles(groups_[group], {&l, k, k + 1, nullptr}, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
   }
   if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
 }

@@ -63,7 +63,18 @@ struct HeadCache {
 struct Pass {
   const lt_linear *layer;
   int64_t begin, end;
-  int64_t guessed;  // 0, or the layer's inputs, where its selection is not known yet
+  const struct Guess *guess;  // null where the selection is known
+};
+
+struct Span {
+  const void *from;
+  int64_t bytes;
+};
+constexpr int kSides = 8;
+// Of a layer whose selection is not known yet: its inputs, and what choosing reads (null where there is no such tensor).
+struct Guess {
+  int64_t in;
+  Span side[kSides];
 };
 
 struct Kernels {
@@ -88,9 +99,9 @@ struct Kernels {
   // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).
   // First the digit sums of the entries in s, acc i32 [slices, tiles * 256]; s.offset must hold this matrix' offsets.
   void (*partial)(const lt_linear &l, const Selection &s, int32_t *acc);
-  // Then tiles [begin, end) from the sums of all threads, which are whole numbers: their order makes no difference.
-  void (*combine)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
-                  bool accumulate, const int32_t *const *sums, int threads, float *y);
+  // Then a pass over the sums of all threads, which are whole numbers: their order makes no difference.
+  void (*combine)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, const int32_t *const *sums,
+                  int threads, float *y, const Pass *next);
   void (*rmsnorm)(const float *x, const float *gain, int64_t n, float eps, float *y);
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);

@@ -55,25 +55,25 @@ static inline __attribute__((always_inline)) int64_t outliers_at(const lt_linear
   return column;
 }
 
-static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y, Requests &next) {
+static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y, Requests &requests) {
   int64_t column = 0, e = l.outlier_ptr[tile];
   const int64_t end = l.outlier_ptr[tile + 1];
   for (; e + 16 <= end; e += 16) {  // a fixed length: a fifth faster
     column = outliers_at(l, e, 16, column, a, y);
-    next.lines(lowtide::kLines);
+    requests.lines(lowtide::kLines);
   }
   if (e < end) outliers_at(l, e, end - e, column, a, y);
 }
 
 // Row scales, bias and exact channels of one tile, and between them, as the specification orders it, its outliers.
 static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y,
-                              Requests &next) {
+                              Requests &requests) {
   const Tiling t(l.out);
   const int64_t first = t.first(tile), rows = t.rows(tile);
   for (int64_t i = 0; i < rows; i += 16)
     store_part(y + i, load_part(y + i, rows - i) * load_half_part(l.row_scale + first + i, rows - i) +
                           load_half_part(l.bias + first + i, rows - i), rows - i);
-  outliers(l, tile, a, y, next);
+  outliers(l, tile, a, y, requests);
   for (int64_t e = 0; e < g.exact_count; ++e) {
     const float x = a[g.exact_channels[e]];
     const uint16_t *column = l.exact + e * l.out + first;
@@ -94,12 +94,13 @@ static void add_class(const Selection &s, int k, const int32_t *rows, int64_t wi
 
 // Everything after the digits for tiles [begin, end), whose sums lie one after the other in `sum`; meanwhile memory is
 // asked for the next ones.
-static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
-                        bool accumulate, float *sum, float *y, Requests next) {
-  const Tiling t(l.out);
-  for (int64_t i = begin; i < end; ++i) {
-    scale_and_correct(g, l, i, s.a.data(), sum, next);
-    float *to = y + t.first(i) - t.first(begin);
+static void write_tiles(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, float *sum, float *y,
+                        const Pass *next) {
+  const Tiling t(p.layer->out);
+  Requests requests = next ? Requests(*next, s) : Requests();
+  for (int64_t i = p.begin; i < p.end; ++i) {
+    scale_and_correct(g, *p.layer, i, s.a.data(), sum, requests);
+    float *to = y + t.first(i) - t.first(p.begin);
     if (accumulate) {
       add(sum, t.rows(i), to);
     } else {
@@ -107,7 +108,7 @@ static void write_tiles(const lt_group &g, const lt_linear &l, const Selection &
     }
     sum += t.width(i);
   }
-  next.beginning();
+  requests.beginning();
 }
 
 static void ask(const Pass &p, const Selection &s) { Requests(p, s).beginning(); }
@@ -135,7 +136,7 @@ static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool acc
       to += width;
     }
   }
-  write_tiles(g, l, s, begin, end, accumulate, sum, y, next ? Requests(*next, s) : Requests());
+  write_tiles(g, p, s, accumulate, sum, y, next);
 }
 
 static void partial(const lt_linear &l, const Selection &s, int32_t *acc) {
@@ -148,8 +149,10 @@ static void partial(const lt_linear &l, const Selection &s, int32_t *acc) {
   }
 }
 
-static void combine(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
-                    bool accumulate, const int32_t *const *sums, int threads, float *y) {
+static void combine(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, const int32_t *const *sums,
+                    int threads, float *y, const Pass *next) {
+  const lt_linear &l = *p.layer;
+  const int64_t begin = p.begin, end = p.end;
   const Tiling t(l.out);
   alignas(64) float sum[lowtide::kPassTiles * 256];
   float *to = sum;
@@ -160,15 +163,15 @@ static void combine(const lt_group &g, const lt_linear &l, const Selection &s, i
       if (s.class_scale[k] == 0) continue;
       alignas(64) int32_t rows[256], more[256];
       in_order(sums[0] + k * t.count * 256, i, t.wide, rows);
-      for (int p = 1; p < threads; ++p) {
-        in_order(sums[p] + k * t.count * 256, i, t.wide, more);
+      for (int thread = 1; thread < threads; ++thread) {
+        in_order(sums[thread] + k * t.count * 256, i, t.wide, more);
         for (int64_t r = 0; r < width; ++r) rows[r] += more[r];
       }
       add_class(s, k, rows, width, to);
     }
     to += width;
   }
-  write_tiles(g, l, s, begin, end, accumulate, sum, y, Requests());
+  write_tiles(g, p, s, accumulate, sum, y, next);
 }
 
 static float sum(const void *p, int64_t bytes) {
