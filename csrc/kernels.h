@@ -18,7 +18,7 @@ constexpr int64_t kDepth = 128;
 // Attention takes at most this many queries at once.
 constexpr int64_t kQueries = 8;
 // Every 16 outliers, which leave memory idle, ask for this many lines of the next pass.
-constexpr int kLines = 4;
+constexpr int kLines = 8;
 // Outliers and exact channels take this many tokens side by side.
 constexpr int64_t kSide = 32;
 // An int8 coefficient reaches this many times as far as the mean of its class; larger ones are entered several times.
