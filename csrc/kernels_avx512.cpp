@@ -79,12 +79,12 @@ static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *co
   }
 }
 
-static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
+static const int32_t *in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *room) {
   if (tile >= wide) {
     const int32_t *sums = acc + wide * 256 + (tile - wide) * 64;
     for (int p = 0; p < 4; ++p)
-      _mm512_store_si512(out + p * 16, _mm512_sra_epi32(_mm512_load_si512(sums + p * 16), _mm_cvtsi32_si128(2 * p)));
-    return;
+      _mm512_store_si512(room + p * 16, _mm512_sra_epi32(_mm512_load_si512(sums + p * 16), _mm_cvtsi32_si128(2 * p)));
+    return room;
   }
   const __m512i *sums = (const __m512i *)(acc + tile * 256);
   for (int p = 0; p < 4; ++p) {  // a 4 x 4 transposition of 128-bit lanes
@@ -94,8 +94,9 @@ static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *ou
     const __m512i row[4] = {_mm512_shuffle_i32x4(lo01, lo23, 0x88), _mm512_shuffle_i32x4(lo01, lo23, 0xdd),
                             _mm512_shuffle_i32x4(hi01, hi23, 0x88), _mm512_shuffle_i32x4(hi01, hi23, 0xdd)};
     for (int i = 0; i < 4; ++i)
-      _mm512_store_si512(out + p * 64 + i * 16, _mm512_sra_epi32(row[i], _mm_cvtsi32_si128(2 * p)));
+      _mm512_store_si512(room + p * 64 + i * 16, _mm512_sra_epi32(row[i], _mm_cvtsi32_si128(2 * p)));
   }
+  return room;
 }
 
 }  // namespace LT_NS

@@ -4,9 +4,9 @@
 //   digits(base, offset, coef, n, ahead, wide, narrow, acc)
 // which sums coef * digit over n entries (a multiple of 4) for `wide` tiles of 256 rows and then `narrow` tiles of 64,
 // asking memory for entries `ahead` places later as it goes; and
-//   in_order(acc, tile, wide, out)
-// which gives the 256 (64) sums of one of those tiles in the order of its rows, and then defines LT_OWN_ORDER;
-// without it the sums are taken as they lie.
+//   in_order(acc, tile, wide, room)
+// which returns the 256 (64) sums of one of those tiles in the order of its rows, put into room, and then defines
+// LT_OWN_ORDER; without it the sums are taken as they lie.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -28,12 +28,8 @@ using lowtide::Selection;
 using lowtide::Tiling;
 
 #if !defined(LT_OWN_ORDER)  // digits() left the sums in the order of the rows
-static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
-  if (tile < wide) {
-    std::memcpy(out, acc + tile * 256, 256 * sizeof(int32_t));
-  } else {
-    std::memcpy(out, acc + wide * 256 + (tile - wide) * 64, 64 * sizeof(int32_t));
-  }
+static const int32_t *in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t * /* room */) {
+  return acc + (tile < wide ? tile * 256 : wide * 256 + (tile - wide) * 64);
 }
 #endif
 
@@ -130,9 +126,8 @@ static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool acc
     float *to = sum;
     for (int64_t i = 0; i < end - begin; ++i) {
       const int64_t width = i < wide ? 256 : 64;
-      alignas(64) int32_t rows[256];
-      in_order(acc, i, wide, rows);
-      add_class(s, k, rows, width, to);
+      alignas(64) int32_t room[256];
+      add_class(s, k, in_order(acc, i, wide, room), width, to);
       to += width;
     }
   }
@@ -161,10 +156,9 @@ static void combine(const lt_group &g, const Pass &p, const Selection &s, bool a
     std::memset(to, 0, (size_t)width * 4);
     for (int k = 0; k < s.slices; ++k) {
       if (s.class_scale[k] == 0) continue;
-      alignas(64) int32_t rows[256], more[256];
-      in_order(sums[0] + k * t.count * 256, i, t.wide, rows);
-      for (int thread = 1; thread < threads; ++thread) {
-        in_order(sums[thread] + k * t.count * 256, i, t.wide, more);
+      alignas(64) int32_t rows[256] = {}, room[256];
+      for (int thread = 0; thread < threads; ++thread) {
+        const int32_t *more = in_order(sums[thread] + k * t.count * 256, i, t.wide, room);
         for (int64_t r = 0; r < width; ++r) rows[r] += more[r];
       }
       add_class(s, k, rows, width, to);
