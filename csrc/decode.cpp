@@ -151,7 +151,8 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
 bool Passes::next(Pass &pass) {
   for (; linear_ < group_.linear_count; ++linear_) {
     const lt_linear &l = group_.linear[linear_];
-    const int64_t count = Tiling(l.out).count, begin = share_.begin - before_, end = std::min(share_.end - before_, count);
+    const int64_t count = Tiling(l.out).count;
+    const int64_t begin = share_.begin - before_, end = std::min(share_.end - before_, count);
     if (begin < end) {
       pass = {&l, begin, std::min(end, begin + kPassTiles), nullptr};
       share_.begin = before_ + pass.end;
@@ -160,26 +161,6 @@ bool Passes::next(Pass &pass) {
     before_ += count;
   }
   return false;
-}
-
-// This thread's tiles of every linear layer of the group.
-void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
-  if (by_entries_[group]) return share_entries(tid, group, y, accumulate);
-  const lt_group &g = groups_[group];
-  Worker &w = workers_[tid];
-  Passes passes(g, tid, pool_.size());
-  Pass pass, next;
-  Guess after;
-  bool more = passes.next(pass);
-  if (more) k_.ask(pass, w.selection);
-  for (const lt_linear *listed = nullptr; more; pass = next) {
-    float *to = y[passes.linear()] + Tiling(pass.layer->out).first(pass.begin);
-    if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
-    listed = pass.layer;
-    more = passes.next(next);
-    const bool ask = more || guess(tid, group + 1, next, after);
-    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, ask ? &next : nullptr);
-  }
 }
 
 // This thread's first pass over a group whose input is not known yet, and what choosing will read.
@@ -200,6 +181,26 @@ bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
   const bool any = Passes(g, tid, pool_.size()).next(pass);
   pass.guess = &guess;
   return any;
+}
+
+// This thread's tiles of every linear layer of the group.
+void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
+  if (by_entries_[group]) return share_entries(tid, group, y, accumulate);
+  const lt_group &g = groups_[group];
+  Worker &w = workers_[tid];
+  Passes passes(g, tid, pool_.size());
+  Pass pass, next;
+  Guess after;
+  bool more = passes.next(pass);
+  if (more) k_.ask(pass, w.selection);
+  for (const lt_linear *listed = nullptr; more; pass = next) {
+    float *to = y[passes.linear()] + Tiling(pass.layer->out).first(pass.begin);
+    if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
+    listed = pass.layer;
+    more = passes.next(next);
+    const bool ask = more || guess(tid, group + 1, next, after);
+    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, ask ? &next : nullptr);
+  }
 }
 
 // The same, but every thread reads whole runs of its part of the channels, and then adds up all threads' sums for its
@@ -263,8 +264,9 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
       k_.offsets(l, w.selection);
     }
     rows += t.rows(k);
-    if (found++ % pool_.size() == tid)
-      k_.tiles(groups_[group], {&l, k, k + 1, nullptr}, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
+    if (found++ % pool_.size() != tid) continue;
+    const Pass pass{&l, k, k + 1, nullptr};
+    k_.tiles(groups_[group], pass, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
   }
   if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
 }

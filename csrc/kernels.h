@@ -7,7 +7,8 @@
 
 namespace lowtide {
 
-// The digit product takes entries in blocks of this many: tile after tile, whose sums are loaded and stored once a block.
+// The digit product takes entries in blocks of this many, tile after tile; a tile's sums are loaded and stored once a
+// block.
 constexpr int64_t kBlock = 40;
 // It asks memory for the block this many bytes ahead, at most kAhead blocks: into the second-level cache, which can
 // wait for more lines at once than the first.
@@ -17,7 +18,7 @@ constexpr int64_t kAhead = 4;
 constexpr int64_t kDepth = 128;
 // Attention takes at most this many queries at once.
 constexpr int64_t kQueries = 8;
-// Every 16 outliers, which leave memory idle, ask for this many lines of the next pass.
+// Adding outliers leaves memory idle: every 16 of them ask for this many lines of what comes next.
 constexpr int kLines = 8;
 // Outliers and exact channels take this many tokens side by side.
 constexpr int64_t kSide = 32;
@@ -71,7 +72,7 @@ struct Span {
   int64_t bytes;
 };
 constexpr int kSides = 8;
-// Of a layer whose selection is not known yet: its inputs, and what choosing reads (null where there is no such tensor).
+// Of a layer whose selection is not known yet: its inputs, and what choosing reads (null: there is no such tensor).
 struct Guess {
   int64_t in;
   Span side[kSides];
@@ -92,8 +93,8 @@ struct Kernels {
   float (*waterline)(const lt_group &g, const float *features, float gain);
   // Asks memory for what a pass begins with.
   void (*ask)(const Pass &p, const Selection &s);
-  // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets; acc
-  // is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, once its own weights have come.
+  // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets;
+  // acc is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, once its own weights have come.
   void (*tiles)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
                 const Pass *next);
   // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).
