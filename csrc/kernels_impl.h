@@ -78,18 +78,19 @@ static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t til
   }
 }
 
-// sum [rows] += class k's digit sums of `width` rows, scaled.
-static void add_class(const Selection &s, int k, const int32_t *rows, int64_t width, float *sum) {
+// sum [rows] += class k's digit sums of `width` rows, scaled; the first class' are just stored, for none of them is -0.
+static void add_class(const Selection &s, int k, const int32_t *rows, int64_t width, bool first, float *sum) {
   const i32x16 shift = splat_int(s.class_sum[k]);
   const f32x16 scale = splat(s.class_scale[k]);
   for (int64_t r = 0; r < width; r += 16) {
     const i32x16 v = load_int(rows + r);
-    store(sum + r, load(sum + r) + to_float(v + v - shift) * scale);
+    const f32x16 part = to_float(v + v - shift) * scale;
+    store(sum + r, first ? part : load(sum + r) + part);
   }
 }
 
-// Everything after the digits for tiles [begin, end), whose sums lie one after the other in `sum`; meanwhile memory is
-// asked for the next ones.
+// Everything after the digits for a pass' tiles, whose sums lie one after the other in `sum`, which may be y; meanwhile
+// memory is asked for what comes next.
 static void write_tiles(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, float *sum, float *y,
                         const Pass *next) {
   const Tiling t(p.layer->out);
@@ -99,7 +100,7 @@ static void write_tiles(const lt_group &g, const Pass &p, const Selection &s, bo
     float *to = y + t.first(i) - t.first(p.begin);
     if (accumulate) {
       add(sum, t.rows(i), to);
-    } else {
+    } else if (to != sum) {
       std::memcpy(to, sum, (size_t)t.rows(i) * 4);
     }
     sum += t.width(i);
@@ -117,8 +118,10 @@ static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool acc
   const int64_t wide = (end < t.wide ? end : t.wide) - begin > 0 ? (end < t.wide ? end : t.wide) - begin : 0;
   const int64_t narrow = end - begin - wide, bytes = wide * 64 + narrow * 16;
   const uint8_t *base = l.weight + t.byte_offset(begin);
-  alignas(64) float sum[lowtide::kPassTiles * 256];
-  std::memset(sum, 0, (size_t)bytes * 16);
+  alignas(64) float other[lowtide::kPassTiles * 256];
+  // Sums of padding rows have no room in y.
+  float *const sum = !accumulate && t.first(end - 1) + t.width(end - 1) <= l.out ? y : other;
+  bool first_class = true;
   for (int k = 0; k < s.slices; ++k) {
     const int64_t first = s.class_begin[k], n = s.class_begin[k + 1] - first;
     if (!n) continue;
@@ -127,10 +130,12 @@ static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool acc
     for (int64_t i = 0; i < end - begin; ++i) {
       const int64_t width = i < wide ? 256 : 64;
       alignas(64) int32_t room[256];
-      add_class(s, k, in_order(acc, i, wide, room), width, to);
+      add_class(s, k, in_order(acc, i, wide, room), width, first_class, to);
       to += width;
     }
+    first_class = false;
   }
+  if (first_class) std::memset(sum, 0, (size_t)bytes * 16);
   write_tiles(g, p, s, accumulate, sum, y, next);
 }
 
@@ -161,7 +166,7 @@ static void combine(const lt_group &g, const Pass &p, const Selection &s, bool a
         const int32_t *more = in_order(sums[thread] + k * t.count * 256, i, t.wide, room);
         for (int64_t r = 0; r < width; ++r) rows[r] += more[r];
       }
-      add_class(s, k, rows, width, to);
+      add_class(s, k, rows, width, false, to);
     }
     to += width;
   }
