@@ -140,7 +140,7 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
   float thresholds[LT_MAX_SLICES];
   const float *score;
   thresholds_of(tid, s, group, x, policy, thresholds, &score);
-  const bool ipn = policy.rule == LT_IPN;
+  const bool ipn = w.ipn = policy.rule == LT_IPN;
   k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, thresholds, w.selection);
   if (tid != 0) return;
   int64_t rows = 0;
@@ -148,22 +148,58 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
   s.bits_[group] = 2 * w.selection.read_levels() * rows + (ipn ? g.ipn_side_bits : g.side_bits);
 }
 
+bool Passes::next(Pass &pass) {
+  for (; linear_ < group_.linear_count; ++linear_) {
+    const lt_linear &l = group_.linear[linear_];
+    const int64_t count = Tiling(l.out).count;
+    const int64_t begin = share_.begin - before_, end = std::min(share_.end - before_, count);
+    if (begin < end) {
+      pass = {&l, begin, std::min(end, begin + kPassTiles), nullptr};
+      share_.begin = before_ + pass.end;
+      return true;
+    }
+    before_ += count;
+  }
+  return false;
+}
+
+// This thread's first pass over a group whose input is not known yet, and what choosing will read.
+bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
+  if (group > head_group()) return false;
+  const lt_group &g = groups_[group];
+  const bool ipn = workers_[tid].ipn;
+  const int64_t half = 2 * g.in, features = ipn ? 4 * g.ipn_features : 0;
+  guess = {g.in,
+           {{group % 2 ? nullptr : norms_[group / 2], 4 * g.in},
+            {g.mean, half},
+            {g.col_scale, half},
+            {ipn ? g.ipn_importance : g.importance, half},
+            {g.ipn_probe, features / 4 * g.in},
+            {g.ipn_scale, features},
+            {g.ipn_bias, features},
+            {g.ipn_mix, features}}};
+  const bool any = Passes(g, tid, pool_.size()).next(pass);
+  pass.guess = &guess;
+  return any;
+}
+
 // This thread's tiles of every linear layer of the group.
 void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   if (by_entries_[group]) return share_entries(tid, group, y, accumulate);
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
-  const Share share = share_of(g, tid, pool_.size());
-  int64_t unit = 0;
-  for (int64_t i = 0; i < g.linear_count; ++i) {
-    const lt_linear &l = g.linear[i];
-    const Tiling t(l.out);
-    const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
-    unit += t.count;
-    if (begin >= end) continue;
-    k_.offsets(l, w.selection);
-    for (int64_t k = begin; k < end; k += kPassTiles)
-      k_.tiles(g, l, w.selection, k, std::min(end, k + kPassTiles), accumulate, w.acc.data(), y[i] + t.first(k));
+  Passes passes(g, tid, pool_.size());
+  Pass pass, next;
+  Guess after;
+  bool more = passes.next(pass);
+  if (more) k_.ask(pass, w.selection);
+  for (const lt_linear *listed = nullptr; more; pass = next) {
+    float *to = y[passes.linear()] + Tiling(pass.layer->out).first(pass.begin);
+    if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
+    listed = pass.layer;
+    more = passes.next(next);
+    const bool ask = more || guess(tid, group + 1, next, after);
+    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, ask ? &next : nullptr);
   }
 }
 
@@ -178,12 +214,16 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   w.selection.keep(tid, threads);
   int32_t *to = w.sums(turn);
   for (int64_t i = 0; i < g.linear_count; ++i) {
+    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count, nullptr}, w.selection);
     k_.offsets(g.linear[i], w.selection);
     k_.partial(g.linear[i], w.selection, to);
     to += g.slices * Tiling(g.linear[i].out).count * 256;
   }
   pool_.barrier();
   const Share share = share_of(g, tid, threads);
+  Pass after;
+  Guess guessed;
+  const bool ask = guess(tid, group + 1, after, guessed);
   int64_t unit = 0, place = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) {
     const lt_linear &l = g.linear[i];
@@ -191,7 +231,9 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
     const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
     const int32_t *sums[kMaxSharers];
     for (int p = 0; p < threads; ++p) sums[p] = workers_[p].sums(turn) + place;
-    if (begin < end) k_.combine(g, l, w.selection, begin, end, accumulate, sums, threads, y[i] + t.first(begin));
+    if (begin < end)
+      k_.combine(g, {&l, begin, end, nullptr}, w.selection, accumulate, sums, threads, y[i] + t.first(begin),
+                 ask ? &after : nullptr);
     unit += t.count;
     place += g.slices * t.count * 256;
   }
@@ -222,8 +264,9 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
       k_.offsets(l, w.selection);
     }
     rows += t.rows(k);
-    if (found++ % pool_.size() == tid)
-      k_.tiles(groups_[group], l, w.selection, k, k + 1, false, w.acc.data(), step.logits + t.first(k));
+    if (found++ % pool_.size() != tid) continue;
+    const Pass pass{&l, k, k + 1, nullptr};
+    k_.tiles(groups_[group], pass, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
   }
   if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
 }

@@ -59,6 +59,7 @@ struct Worker {
   std::vector<float> hidden;     // [intermediate] activated FFN neurons
   std::vector<int32_t> partial[2];  // digit sums of this thread's entries, for two products in turn; 64 bytes to align
   int turn = 0;
+  bool ipn = false;              // the rule of the last choice; the next one's is likely the same
   int32_t *sums(int which) {
     return (int32_t *)(((uintptr_t)partial[which].data() + 63) / 64 * 64);
   }
@@ -109,6 +110,7 @@ class Engine {
   void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
+  bool guess(int tid, int64_t group, Pass &pass, Guess &guess) const;
   void share_entries(int tid, int64_t group, float *const *y, bool accumulate);
   void leading(int tid, Sequence &s, const float *logits);
   void refine(int tid, Sequence &s, const lt_step &step);
@@ -145,6 +147,19 @@ struct Share {
   int64_t begin, end;
 };
 Share share_of(const lt_group &g, int tid, int threads);
+
+// A thread's tiles of a group, pass by pass.
+class Passes {
+ public:
+  Passes(const lt_group &g, int tid, int threads) : group_(g), share_(share_of(g, tid, threads)) {}
+  bool next(Pass &pass);  // false after the last one
+  int64_t linear() const { return linear_; }  // which of the group's the last pass belongs to
+
+ private:
+  const lt_group &group_;
+  Share share_;              // what is left
+  int64_t linear_ = 0, before_ = 0;  // tiles of the layers before this one
+};
 
 // Threads share out the entries of matrices whose runs they would cut to pieces shorter than this, in bytes.
 constexpr int64_t kShortRun = 256;

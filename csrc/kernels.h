@@ -7,15 +7,19 @@
 
 namespace lowtide {
 
-// The digit product takes entries in blocks of this many.
-constexpr int64_t kBlock = 16;
-// It asks memory for the block this many bytes ahead, at most kAhead blocks.
+// The digit product takes entries in blocks of this many, tile after tile; a tile's sums are loaded and stored once a
+// block.
+constexpr int64_t kBlock = 40;
+// It asks memory for the block this many bytes ahead, at most kAhead blocks: into the second-level cache, which can
+// wait for more lines at once than the first.
 constexpr int64_t kAheadBytes = 6144;
-constexpr int64_t kAhead = 8;
+constexpr int64_t kAhead = 4;
 // Prefill quantises inputs in blocks of this many channels; a block's sums of products stay exact in a float.
 constexpr int64_t kDepth = 128;
 // Attention takes at most this many queries at once.
 constexpr int64_t kQueries = 8;
+// Adding outliers leaves memory idle: every 16 of them ask for this many lines of what comes next.
+constexpr int kLines = 8;
 // Outliers and exact channels take this many tokens side by side.
 constexpr int64_t kSide = 32;
 // An int8 coefficient reaches this many times as far as the mean of its class; larger ones are entered several times.
@@ -56,6 +60,24 @@ struct HeadCache {
   float *key_scale, *value_scale;
 };
 
+// Tiles [begin, end) of a linear layer, at most kPassTiles: what is summed up at once.
+struct Pass {
+  const lt_linear *layer;
+  int64_t begin, end;
+  const struct Guess *guess;  // null where the selection is known
+};
+
+struct Span {
+  const void *from;
+  int64_t bytes;
+};
+constexpr int kSides = 8;
+// Of a layer whose selection is not known yet: its inputs, and what choosing reads (null: there is no such tensor).
+struct Guess {
+  int64_t in;
+  Span side[kSides];
+};
+
 struct Kernels {
   const char *name;
   // Levels from thresholds[slices] and from `score` (or |x - mean| * importance f16 [in] where score is null).
@@ -69,16 +91,18 @@ struct Kernels {
   // group's thresholds by.
   void (*probe)(const lt_group &g, const float *x, float *features);
   float (*waterline)(const lt_group &g, const float *features, float gain);
-  // Tiles [begin, end), at most kPassTiles, of one linear layer: y f32 points to the first tile's first row.
-  // s.offset must hold this matrix' offsets; acc is scratch, i32 [kPassTiles * 256].
-  void (*tiles)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end, bool accumulate,
-                int32_t *acc, float *y);
+  // Asks memory for what a pass begins with.
+  void (*ask)(const Pass &p, const Selection &s);
+  // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets;
+  // acc is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, once its own weights have come.
+  void (*tiles)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
+                const Pass *next);
   // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).
   // First the digit sums of the entries in s, acc i32 [slices, tiles * 256]; s.offset must hold this matrix' offsets.
   void (*partial)(const lt_linear &l, const Selection &s, int32_t *acc);
-  // Then tiles [begin, end) from the sums of all threads, which are whole numbers: their order makes no difference.
-  void (*combine)(const lt_group &g, const lt_linear &l, const Selection &s, int64_t begin, int64_t end,
-                  bool accumulate, const int32_t *const *sums, int threads, float *y);
+  // Then a pass over the sums of all threads, which are whole numbers: their order makes no difference.
+  void (*combine)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, const int32_t *const *sums,
+                  int threads, float *y, const Pass *next);
   void (*rmsnorm)(const float *x, const float *gain, int64_t n, float eps, float *y);
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);

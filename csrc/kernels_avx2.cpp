@@ -12,7 +12,7 @@ namespace LT_NS {
 
 // Bytes of two runs become pairs for vpmaddubsw. A pair adds at most 3 * 127 * 2 = 762 to a 16-bit sum, so 42 pairs
 // fit; after 40 the sums are added to those of 32 bits, which are kept in the order of the rows.
-constexpr int64_t kStep = 5 * lowtide::kBlock;
+constexpr int64_t kStep = 2 * lowtide::kBlock;
 static_assert(kStep / 2 * 762 <= 32767, "sums of 16 bits");
 
 static inline __m256i two_coefficients(const int8_t *coef) {
@@ -32,8 +32,8 @@ static inline void half_tile(const uint8_t *base, const uint32_t *offset, const 
     const __m256i a = _mm256_loadu_si256((const __m256i *)(base + offset[e]));
     const __m256i b = _mm256_loadu_si256((const __m256i *)(base + offset[e + 1]));
     if (prefetch) {
-      _mm_prefetch((const char *)base + offset[e + ahead], _MM_HINT_T0);
-      _mm_prefetch((const char *)base + offset[e + 1 + ahead], _MM_HINT_T0);
+      _mm_prefetch((const char *)base + offset[e + ahead], _MM_HINT_T1);
+      _mm_prefetch((const char *)base + offset[e + 1 + ahead], _MM_HINT_T1);
     }
     __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
     const __m256i c = two_coefficients(coef + e);
@@ -57,8 +57,8 @@ static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, cons
   for (int64_t e = 0; e < n; e += 2) {
     const __m128i a = _mm_loadu_si128((const __m128i *)(base + offset[e]));
     const __m128i b = _mm_loadu_si128((const __m128i *)(base + offset[e + 1]));
-    _mm_prefetch((const char *)base + offset[e + ahead], _MM_HINT_T0);
-    _mm_prefetch((const char *)base + offset[e + 1 + ahead], _MM_HINT_T0);
+    _mm_prefetch((const char *)base + offset[e + ahead], _MM_HINT_T1);
+    _mm_prefetch((const char *)base + offset[e + 1 + ahead], _MM_HINT_T1);
     const __m256i c = two_coefficients(coef + e);
     // Bits that the shift brings over from the next byte are beyond the mask's.
     const __m256i lo = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(_mm_unpacklo_epi8(a, b)), shift);

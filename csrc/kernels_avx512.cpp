@@ -32,7 +32,7 @@ static inline void wide_tile(const uint8_t *base, const uint32_t *offset, const 
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       line[i] = _mm512_loadu_si512(base + offset[e + i]);
-      _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
+      _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T1);
     }
     const __m512i ab_lo = _mm512_unpacklo_epi8(line[0], line[1]), ab_hi = _mm512_unpackhi_epi8(line[0], line[1]);
     const __m512i cd_lo = _mm512_unpacklo_epi8(line[2], line[3]), cd_hi = _mm512_unpackhi_epi8(line[2], line[3]);
@@ -54,7 +54,7 @@ static inline void narrow_tile(const uint8_t *base, const uint32_t *offset, cons
     const auto part = [&](int i) { return _mm_loadu_si128((const __m128i *)(base + offset[e + i])); };
     __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(1), 1);
     v = _mm512_inserti32x4(_mm512_inserti32x4(v, part(2), 2), part(3), 3);
-    for (int i = 0; i < 4; ++i) _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T0);
+    for (int i = 0; i < 4; ++i) _mm_prefetch((const char *)base + offset[e + i + ahead], _MM_HINT_T1);
     v = _mm512_permutexvar_epi8(quads, v);
     const __m512i c = four_coefficients(coef + e);
     for (int p = 0; p < 4; ++p) sum[p] = _mm512_dpbusd_epi32(sum[p], _mm512_and_si512(v, digit_mask(p)), c);
@@ -79,12 +79,12 @@ static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *co
   }
 }
 
-static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
+static const int32_t *in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *room) {
   if (tile >= wide) {
     const int32_t *sums = acc + wide * 256 + (tile - wide) * 64;
     for (int p = 0; p < 4; ++p)
-      _mm512_store_si512(out + p * 16, _mm512_sra_epi32(_mm512_load_si512(sums + p * 16), _mm_cvtsi32_si128(2 * p)));
-    return;
+      _mm512_store_si512(room + p * 16, _mm512_sra_epi32(_mm512_load_si512(sums + p * 16), _mm_cvtsi32_si128(2 * p)));
+    return room;
   }
   const __m512i *sums = (const __m512i *)(acc + tile * 256);
   for (int p = 0; p < 4; ++p) {  // a 4 x 4 transposition of 128-bit lanes
@@ -94,8 +94,9 @@ static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *ou
     const __m512i row[4] = {_mm512_shuffle_i32x4(lo01, lo23, 0x88), _mm512_shuffle_i32x4(lo01, lo23, 0xdd),
                             _mm512_shuffle_i32x4(hi01, hi23, 0x88), _mm512_shuffle_i32x4(hi01, hi23, 0xdd)};
     for (int i = 0; i < 4; ++i)
-      _mm512_store_si512(out + p * 64 + i * 16, _mm512_sra_epi32(row[i], _mm_cvtsi32_si128(2 * p)));
+      _mm512_store_si512(room + p * 64 + i * 16, _mm512_sra_epi32(row[i], _mm_cvtsi32_si128(2 * p)));
   }
+  return room;
 }
 
 }  // namespace LT_NS

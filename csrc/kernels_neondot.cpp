@@ -74,14 +74,15 @@ static void digits(const uint8_t *base, const uint32_t *offset, const int8_t *co
   }
 }
 
-static void in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *out) {
+static const int32_t *in_order(const int32_t *acc, int64_t tile, int64_t wide, int32_t *room) {
   const bool is_wide = tile < wide;
   const int32_t *sums = acc + (is_wide ? tile * 256 : wide * 256 + (tile - wide) * 64);
   const int64_t bytes = is_wide ? 64 : 16;
   for (int p = 0; p < 4; ++p) {
     const int32x4_t down = vdupq_n_s32(p == 3 ? 0 : -2 * p);
-    for (int64_t i = p * bytes; i < (p + 1) * bytes; i += 4) vst1q_s32(out + i, vshlq_s32(vld1q_s32(sums + i), down));
+    for (int64_t i = p * bytes; i < (p + 1) * bytes; i += 4) vst1q_s32(room + i, vshlq_s32(vld1q_s32(sums + i), down));
   }
+  return room;
 }
 
 }  // namespace LT_NS

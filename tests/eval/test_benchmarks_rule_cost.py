@@ -77,6 +77,8 @@ def test_shares_are_those_of_all_periods(load):
         ("__memset_avx512_unaligned_erms", "copies"),
         ("lowtide_avx2::emit_rest", "masks"),
         ("lowtide_avx2::offsets", "addresses"),
+        ("lowtide_avx512::ask", "addresses"),
+        ("lowtide::Engine::guess", "addresses"),
         ("lowtide_avx512::attend<3, unsigned short>", None),
         ("lowtide_avx512::softmax", None),
         ("_PyObject_SelectMemo", None),
