@@ -124,28 +124,37 @@ def kl(folder: Path, dense: DenseModel, ids: torch.Tensor, row: int) -> float:
 @pytest.mark.parametrize("options", [{}, {"tied": False, "qkv_bias": True}], ids=["llama", "qwen2"])
 def test_feedback_brings_a_model_closer(small_model, tmp_path, short, options):
     model = small_model(**options)
-    for name, wanted in (("plain", False), ("fed", True)):
+    for name, wanted in (("plain", None), ("fed", "low")):
         compress(model.folder, tmp_path / name, feedback=wanted, policies=["channel-norm"])
     dense = DenseModel(model.source())
     ids = dense.sample(8, 32, seed=99)
     losses = {name: [kl(tmp_path / name, dense, ids, row) for row in (3, 5, 7)] for name in ("plain", "fed")}
     assert sum(np.log(losses["fed"])) < sum(np.log(losses["plain"])) - 0.1
     stats = open_artifact(tmp_path / "fed").manifest.stats
-    assert stats["feedback_tokens"] == 10 * 32
-    assert "feedback_tokens" not in open_artifact(tmp_path / "plain").manifest.stats
+    assert (stats["feedback"], stats["feedback_tokens"]) == ("low", 10 * 32)
+    assert "feedback" not in open_artifact(tmp_path / "plain").manifest.stats
+
+
+def test_even_feedback_spares_the_full_read(small_model, tmp_path, short):
+    model = small_model()
+    for aim in ("low", "even"):
+        compress(model.folder, tmp_path / aim, feedback=aim, policies=["channel-norm"])
+    dense = DenseModel(model.source())
+    ids = dense.sample(8, 32, seed=99)
+    assert kl(tmp_path / "even", dense, ids, -1) < 0.8 * kl(tmp_path / "low", dense, ids, -1)
 
 
 @pytest.mark.parametrize("bits_max", [2, 8])
 def test_other_numbers_of_slices(small_model, tmp_path, short, bits_max):
     model = small_model(layers=1)
-    compress(model.folder, tmp_path / "out", bits_max=bits_max, policies=["channel-norm"], feedback=True)
+    compress(model.folder, tmp_path / "out", bits_max=bits_max, policies=["channel-norm"], feedback="low")
     artifact = open_artifact(tmp_path / "out", verify="full")
     assert artifact.manifest.slices == bits_max // 2
 
 
 def test_an_interrupted_walk_goes_on(small_model, tmp_path, short, monkeypatch):
     model = small_model()
-    compress(model.folder, tmp_path / "a", policies=["channel-norm"], feedback=True)
+    compress(model.folder, tmp_path / "a", policies=["channel-norm"], feedback="low")
     block = recoding.Recoding._block
 
     def interrupted(self, index, *rest):
@@ -155,7 +164,7 @@ def test_an_interrupted_walk_goes_on(small_model, tmp_path, short, monkeypatch):
 
     monkeypatch.setattr(recoding.Recoding, "_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compress(model.folder, tmp_path / "b", policies=["channel-norm"], feedback=True)
+        compress(model.folder, tmp_path / "b", policies=["channel-norm"], feedback="low")
     visited = []
 
     def counted(self, index, *rest):
@@ -163,14 +172,14 @@ def test_an_interrupted_walk_goes_on(small_model, tmp_path, short, monkeypatch):
         block(self, index, *rest)
 
     monkeypatch.setattr(recoding.Recoding, "_block", counted)
-    compress(model.folder, tmp_path / "b", policies=["channel-norm"], feedback=True)
+    compress(model.folder, tmp_path / "b", policies=["channel-norm"], feedback="low")
     assert visited == [1]
     a, b = (hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in "ab")
     assert a == b
 
 
 def test_values_and_embedding_are_those_of_the_format(small_model, tmp_path, short):
-    compress(small_model().folder, tmp_path / "out", policies=["channel-norm"], feedback=False)
+    compress(small_model().folder, tmp_path / "out", policies=["channel-norm"], feedback=None)
     artifact = open_artifact(tmp_path / "out")
     group = artifact.groups["layers.0.gate_up"]
     coded = coded_of(group)

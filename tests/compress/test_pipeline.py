@@ -61,11 +61,10 @@ def test_an_artifact_that_is_close_to_its_model(small_model, tmp_path, options):
         losses.append(float((reference.exp() * (reference - torch.log_softmax(logits, -1))).sum(-1).mean()))
         reads.append(bits)
         assert bits == pytest.approx(figures["budgets"][index], rel=0.06)
-    assert losses[0] < 0.02  # feedback from 256 tokens trades some of the full read for the budgets below
+    assert losses[0] < 0.01
     assert losses == sorted(losses)
     assert losses[2] < 0.3
-    finished = [stage for stage, done, total in stages if done == total]
-    assert finished == ["sample", "forward", "quantise", "feedback", "write", "entropy"]
+    assert [s for s, done, total in stages if done == total] == ["sample", "forward", "quantise", "write", "entropy"]
 
 
 def test_norms_and_tokenizer_files_are_taken_over(small_model, tmp_path):

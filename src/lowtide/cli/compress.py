@@ -36,11 +36,8 @@ def compress(
     ] = None,
     coding: Annotated[str, typer.Option(help="Of the file: entropy (small) or packed.")] = "entropy",
     feedback: Annotated[
-        bool | None,
-        typer.Option(
-            "--feedback/--no-feedback",
-            help="Choose codes again so that errors cancel. [default: for up to 0.5 billion weights]",
-        ),
+        str | None,
+        typer.Option(help="Choose codes again so that errors cancel: low (for budgets up to 3 bits) or even."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled text.")] = 0,
     force: Force = False,
@@ -60,6 +57,7 @@ def compress(
       lowtide compress demo:smollm2 smollm2.lowtide
       lowtide compress ./Qwen2.5-1.5B qwen.lowtide --calibration wiki.txt --bits-max 6 --seed 1
       lowtide compress demo:smollm2 smollm2.lowtide --policy channel-norm --policy channel-norm:0,6
+      lowtide compress ./SmolLM2-135M smol.lowtide --calibration wiki.txt --feedback low
       lowtide compress demo:smollm2 small.lowtide --size-mb 60 --calibration wiki.txt
       lowtide compress demo:smollm2 sparse.lowtide --sparsity 0.5 --kl 0.2 --calibration wiki.txt
     """

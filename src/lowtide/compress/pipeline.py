@@ -20,7 +20,7 @@ from lowtide.compress.held_out import held_out_kl
 from lowtide.compress.pack import WorkFolder, group_curve, pack_group
 from lowtide.compress.prune.apply import PruneOptions, prune_model
 from lowtide.compress.quantise import QuantisedGroup, QuantOptions, quantise_group
-from lowtide.compress.recoding import Recoding, looked_up
+from lowtide.compress.recoding import AIMS, Recoding, looked_up
 from lowtide.compress.search import ROUNDS, Target, Trial, coded_size, first_step, next_step
 from lowtide.compress.sources import Source, open_source
 from lowtide.compress.steps import StepOptions, code_steps
@@ -39,8 +39,6 @@ WORK_VERSION = 2
 """Raised when groups finished by an older version of this code must not be reused."""
 STATIC_WINDOWS, HELD_OUT = 24, 4
 """Windows of a text file for static coding, and how many of them are held out to measure KL."""
-FEEDBACK_WEIGHTS = 500_000_000
-"""Weights up to which error feedback is the default: beyond, it takes longer than all the rest of compression."""
 FEEDBACK_WINDOWS = 32
 """Windows of a text file that feedback looks at. Of sampled text it takes what there is."""
 GENTLE = 0.25
@@ -62,7 +60,7 @@ def compress(
     seed: int = 0,
     force: bool = False,
     policies: Sequence[str] = DEFAULT_POLICIES,
-    feedback: bool | None = None,
+    feedback: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress a model into an artifact.
@@ -85,8 +83,8 @@ def compress(
         seed: of the sampled text and of the Fisher labels.
         force: replace OUT if it is there.
         policies: mask rules (`rule` or `rule:levels`) to store thresholds for; the first is the default at run time.
-        feedback: choose digits made for dynamic reading again so that errors cancel (compress/feedback.py); by default
-            for models of up to FEEDBACK_WEIGHTS. Codes that are made to be small have a feedback of their own.
+        feedback: `low` or `even`: choose digits made for dynamic reading again so that errors cancel
+            (compress/recoding.py). Codes that are made to be small have a feedback of their own.
         progress: called with (stage, done, total).
 
     Returns:
@@ -108,6 +106,8 @@ def compress(
     if (target.exists() or target.is_symlink()) and not force:
         raise LowtideError(f"{target}: exists already; choose another folder or give --force")
     texts = _policies(policies, bits // 2)
+    if feedback is not None and feedback not in AIMS:
+        raise LowtideError(f"--feedback {feedback}: must be one of {', '.join(AIMS)}")
     if feedback is not None and small:
         raise LowtideError("--feedback: is for codes to be read dynamically; those made to be small have their own")
     if calibration_tokens is not None and calibration is None:
@@ -190,7 +190,7 @@ class _Job:
     progress: Progress
     target: Target | None
     options: PruneOptions | None
-    feedback: bool | None = None
+    feedback: str | None = None
 
     def __post_init__(self) -> None:
         self.config = self.source.config
@@ -201,8 +201,6 @@ class _Job:
         self.static = StepOptions(first_step(self.weights), self.slices)
         self.pruned: dict[str, Any] | None = None
         self.recoded: WorkFolder | None = None
-        if self.feedback is None:
-            self.feedback = self.weights <= FEEDBACK_WEIGHTS
 
     def prepare(
         self, target: Path, calibration: Path | None, steps: Sequence[float] = (), tokens: int | None = None
@@ -257,10 +255,13 @@ class _Job:
         curves = [self.work.load_curve(spec) for spec in self.specs.values() if spec.has_thresholds]
         grid, tables = threshold_tables(curves[:-1], curves[-1], [NORM])
         table = self.work.load_group(self.specs["head" if self.config.tied else "embed"], self.slices)
-        self.recoded = WorkFolder(self.root.path / "feedback", {"windows": len(self.feedback_ids)})
+        assert self.feedback is not None
+        about = {"aim": self.feedback, "windows": len(self.feedback_ids)}
+        self.recoded = WorkFolder(self.root.path / "feedback", about)
         Recoding(
             self.model,
             self.feedback_ids,
+            self.feedback,
             grid,
             {name: rows[0] for name, rows in tables.items()},
             lambda name: self.work.load_group(self.specs[name], self.slices),
@@ -349,7 +350,7 @@ class _Job:
         if self.target is not None:
             stats |= {"step": self.static.step, "pruned": self.pruned}
         elif self.recoded is not None:
-            stats["feedback_tokens"] = self.feedback_ids.numel()
+            stats |= {"feedback": self.feedback, "feedback_tokens": self.feedback_ids.numel()}
         zero = self.target is not None
         with ArtifactWriter(target, force=force) as writer:
             for done, spec in enumerate(self.specs.values()):

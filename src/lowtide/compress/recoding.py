@@ -24,9 +24,10 @@ from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
 
 BUDGETS = (2.25, 2.75, 3.25, 4.0, math.inf)
-"""Bits read that digits are chosen for, in turn over the windows. Higher ones have smaller errors, so they get a
-weight that grows as SAY per bit; without it a full read of stories15M has 1.6 times the KL."""
-SAY, MOST_SAY = 4.0**0.75, 5.0
+"""Bits read that digits are chosen for, in turn over the windows."""
+AIMS = {"low": (4.0**0.75, 5.0), "even": (4.0**1.2, 6.3)}
+"""Which budgets gain. Higher ones have smaller errors, so their windows get a weight: a factor for each bit, and the
+bits from which on it grows no more. `even` makes none worse, `low` takes from a full read for the budgets below 3."""
 HALF = torch.bfloat16
 """Of products whose errors are measured; what digits are chosen by is float32."""
 STATE = "feedback"
@@ -46,20 +47,22 @@ class Recoding:
     """Error feedback for all groups of the decoder.
 
     Args:
-        model: what is compressed; ids: i64 [B, N], a window each; grid, thresholds: of `channel-norm`, budgets in bits
-        and f32 [B, S] for each group; load: a group as it was coded first; progress(done, total).
+        model: what is compressed; ids: i64 [B, N], a window each; aim: one of AIMS; grid, thresholds: of
+        `channel-norm`, budgets in bits and f32 [B, S] for each group; load: a group as it was coded first;
+        progress(done, total).
     """
 
     def __init__(
         self,
         model: DenseModel,
         ids: torch.Tensor,
+        aim: str,
         grid: list[float],
         thresholds: Mapping[str, np.ndarray],  # type: ignore[type-arg]
         load: Callable[[str], GroupTensors],
         progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        self.model, self.ids, self.grid, self.thresholds = model, ids, grid, thresholds
+        self.model, self.ids, self.aim, self.grid, self.thresholds = model, ids, aim, grid, thresholds
         self.load, self.progress = load, progress
 
     @torch.no_grad()
@@ -67,10 +70,11 @@ class Recoding:
         """Recode into `work`, where an interrupted run goes on. embedding: f32 [V, D], as engines look it up."""
         layers = self.model.config.num_layers
         rows, say = [], []
+        factor, most = AIMS[self.aim]
         for window in range(len(self.ids)):
             bits = min(BUDGETS[window % len(BUDGETS)], self.grid[-1])
             rows.append(min(range(len(self.grid)), key=lambda i: abs(self.grid[i] - bits)))
-            say.append(SAY ** min(bits, MOST_SAY))
+            say.append(factor ** min(bits, most))
         weight = torch.tensor(say) / (sum(say) / len(say))
         state = work.load_arrays(STATE)
         if state is None:

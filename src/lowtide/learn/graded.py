@@ -217,7 +217,7 @@ class GradedModel:
         stored = {name: torch.from_numpy(np.array(artifact.tensor(name))) for name, _ in norm_specs(self.config)}
         learned = artifact.manifest.stats.get("learned")
         trained = isinstance(learned, dict) and bool(learned.get("joint"))
-        from_digits = trained or "feedback_tokens" in artifact.manifest.stats
+        from_digits = trained or "feedback" in artifact.manifest.stats
         for index in range(self.config.num_layers):
             pair = [nn.Parameter(stored[f"model.layers.{index}.{n}"], requires_grad=train_weights) for n in LAYER_NORMS]
             self.norms.append(nn.ParameterList(pair))
