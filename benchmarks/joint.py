@@ -36,7 +36,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="anything that lowtide compress reads")
     parser.add_argument("artifact", help="untrained")
-    parser.add_argument("trained", help="made by lowtide learn joint, or by lowtide learn ipn")
+    parser.add_argument("trained", nargs="+", help="made by lowtide learn joint, learn ipn or compress --feedback")
     parser.add_argument("--figures", type=Path, help="what the training run printed with --json")
     parser.add_argument("--text", help="held-out text file")
     parser.add_argument("--sampled", type=int, metavar="N", help="instead of --text: N windows sampled from the model")
@@ -66,7 +66,7 @@ def side_of(artifact: Artifact, policy: str) -> float:
 def rows(options: argparse.Namespace, ids: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
     """Untrained rule and trained one at every budget."""
     found = []
-    for path in (options.artifact, options.trained):
+    for path in (options.artifact, *options.trained):
         artifact = open_artifact(path)
         policy = artifact.manifest.policies[0]
         side = side_of(artifact, policy)
