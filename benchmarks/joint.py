@@ -4,9 +4,10 @@
     lowtide learn joint models/stories15M joint.lowtide --bits 2 --artifact stories.lowtide --json > joint.json
     python benchmarks/joint.py models/stories15M stories.lowtide joint.lowtide --figures joint.json --sampled 24
 
-The curve is the training run's, on its held-out windows (bits float there, so the KL at the budget is estimated with
-the measured slope of log KL); the table is the engine's, every byte counted, untrained and trained at equal bits on
-windows that neither training nor calibration saw. `slices` leaves out what every token reads whatever the mask is.
+The curve is the training run's, on its held-out windows (bits are near the budget there, not on it, so the KL at the
+budget is estimated with the measured slope of log KL); the table is the engine's, every byte counted, untrained and
+trained at equal bits on windows that neither training nor calibration saw. `slices` leaves out what every token reads
+whatever the mask is.
 """
 
 from __future__ import annotations

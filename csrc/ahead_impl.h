@@ -68,6 +68,7 @@ class Requests {
     } else {
       return false;
     }
+    at_ = (const uint8_t *)((uintptr_t)at_ & ~(uintptr_t)63);  // from its line's beginning, or the last is left out
     return true;
   }
 

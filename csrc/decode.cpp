@@ -169,7 +169,7 @@ bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
   const lt_group &g = groups_[group];
   const bool ipn = workers_[tid].ipn;
   const int64_t half = 2 * g.in, features = ipn ? 4 * g.ipn_features : 0;
-  guess = {g.in,
+  guess = {by_entries_[group] ? 0 : g.in,  // there the threads' channels, not rows, are still to be shared out
            {{group % 2 ? nullptr : norms_[group / 2], 4 * g.in},
             {g.mean, half},
             {g.col_scale, half},
@@ -189,7 +189,7 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
   Passes passes(g, tid, pool_.size());
-  Pass pass, next;
+  Pass pass{}, next{};
   Guess after;
   bool more = passes.next(pass);
   if (more) k_.ask(pass, w.selection);
@@ -221,9 +221,9 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   }
   pool_.barrier();
   const Share share = share_of(g, tid, threads);
-  Pass after;
+  Pass after{};
   Guess guessed;
-  const bool ask = guess(tid, group + 1, after, guessed);
+  bool ask = guess(tid, group + 1, after, guessed);
   int64_t unit = 0, place = 0;
   for (int64_t i = 0; i < g.linear_count; ++i) {
     const lt_linear &l = g.linear[i];
@@ -231,9 +231,11 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
     const int64_t begin = std::max<int64_t>(share.begin - unit, 0), end = std::min(share.end - unit, t.count);
     const int32_t *sums[kMaxSharers];
     for (int p = 0; p < threads; ++p) sums[p] = workers_[p].sums(turn) + place;
-    if (begin < end)
+    if (begin < end) {
       k_.combine(g, {&l, begin, end, nullptr}, w.selection, accumulate, sums, threads, y[i] + t.first(begin),
                  ask ? &after : nullptr);
+      ask = false;  // once is enough
+    }
     unit += t.count;
     place += g.slices * t.count * 256;
   }

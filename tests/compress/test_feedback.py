@@ -14,7 +14,8 @@ from lowtide.compress import compress, feedback, recoding, text
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.feedback import Coded, Seen, recode
 from lowtide.compress.masked import MaskedModel
-from lowtide.compress.recoding import code_values, coded_of, looked_up
+from lowtide.compress.recoding import code_values, coded_of
+from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.rules import get_rule
 
@@ -75,9 +76,10 @@ def test_no_single_code_could_be_better(bare):
         coded.digits[:, j] = kept
 
 
-@pytest.mark.parametrize("coupled", [2048, 3])
-def test_errors_shrink_and_are_kept_account_of(bare, monkeypatch, coupled):
+@pytest.mark.parametrize("coupled, turn", [(2048, 32), (2048, 7), (10, 4)])
+def test_errors_shrink_and_are_kept_account_of(bare, monkeypatch, coupled, turn):
     monkeypatch.setattr(feedback, "COUPLED", coupled)
+    monkeypatch.setattr(feedback, "TURN", turn)
     coded, seen, target = problem()
     full = target.clone()
     before, first = cost(seen).sum(), coded.digits.clone()
@@ -104,6 +106,22 @@ def test_with_nothing_learned_from_text_channels_are_right_by_themselves(monkeyp
     units = target / coded.rows[:, None] / coded.cols
     inside = (units.abs() < 1.8) & ~coded.held
     assert torch.equal(coded.digits[inside], nearest[inside])
+
+
+def test_correlations_taken_for_chance_leave_each_channel_to_itself(bare, monkeypatch):
+    monkeypatch.setattr(feedback, "SHRINK", 1e9)
+    monkeypatch.setattr(feedback, "MAX_SHRINK", 1.0)
+    coded, seen, target = problem()
+    recode(coded, seen, target, sweeps=1)
+    for j in range(coded.digits.shape[1]):
+        features = torch.stack([seen.inputs[:, j] * mask[:, j] for mask in seen.open], 1)
+        weighted = features * seen.weight[:, None]
+        own, asked = weighted.T @ features / len(features), weighted.T @ seen.wanted[:, j] / len(features)
+        u = VALUES[:, None, :] * (coded.rows * coded.cols[j])[None, :, None]  # every code of every row
+        cost = torch.einsum("cok,kl,col->co", u, own, u) - 2 * (u @ asked) * target[:, j]
+        free = ~coded.held[:, j]
+        chosen = cost.gather(0, coded.digits[:, j].long()[None])[0]
+        torch.testing.assert_close(chosen[free], cost.min(0).values[free], atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture
@@ -137,11 +155,19 @@ def test_feedback_brings_a_model_closer(small_model, tmp_path, short, options):
 
 def test_even_feedback_spares_the_full_read(small_model, tmp_path, short):
     model = small_model()
-    for aim in ("low", "even"):
-        compress(model.folder, tmp_path / aim, feedback=aim, policies=["channel-norm"])
+    for aim in (None, "low", "even"):
+        compress(model.folder, tmp_path / str(aim), feedback=aim, policies=["channel-norm"])
     dense = DenseModel(model.source())
     ids = dense.sample(8, 32, seed=99)
-    assert kl(tmp_path / "even", dense, ids, -1) < 0.8 * kl(tmp_path / "low", dense, ids, -1)
+    full = {aim: kl(tmp_path / str(aim), dense, ids, -1) for aim in (None, "low", "even")}
+    assert full["even"] < 0.8 * full["low"]
+    assert kl(tmp_path / "even", dense, ids, 5) < kl(tmp_path / "None", dense, ids, 5)
+
+
+def test_a_text_too_short_for_its_budgets(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "SAMPLE_WINDOWS", 4)
+    with pytest.raises(LowtideError, match="--feedback: needs 5 windows of 32 tokens or more"):
+        compress(small_model(layers=1).folder, tmp_path / "out", feedback="low", policies=["channel-norm"])
 
 
 @pytest.mark.parametrize("bits_max", [2, 8])
@@ -178,6 +204,24 @@ def test_an_interrupted_walk_goes_on(small_model, tmp_path, short, monkeypatch):
     assert a == b
 
 
+def test_another_aim_begins_again(small_model, tmp_path, short, monkeypatch):
+    model = small_model()
+    save = recoding.WorkFolder.save_group
+
+    def interrupted(self, group, curve):
+        save(self, group, curve)
+        if self.path.name == "feedback" and group.name == "layers.1.qkv":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recoding.WorkFolder, "save_group", interrupted)
+        compress(model.folder, tmp_path / "b", policies=["channel-norm"], feedback="low")
+    for name in "ab":
+        compress(model.folder, tmp_path / name, policies=["channel-norm"], feedback="even")
+    a, b = (hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in "ab")
+    assert a == b
+
+
 def test_values_and_embedding_are_those_of_the_format(small_model, tmp_path, short):
     compress(small_model().folder, tmp_path / "out", policies=["channel-norm"], feedback=None)
     artifact = open_artifact(tmp_path / "out")
@@ -191,4 +235,5 @@ def test_values_and_embedding_are_those_of_the_format(small_model, tmp_path, sho
     assert code_values(group).shape == (64, 3)
     norms = {name: artifact.tensor(name) for name, _ in norm_specs(artifact.config)}
     masked = MaskedModel(artifact.config, artifact.groups, norms)
-    torch.testing.assert_close(looked_up(artifact.groups["head"]), masked.embedding, atol=1e-6, rtol=1e-5)
+    found = torch.from_numpy(artifact.groups["head"].lookup())
+    torch.testing.assert_close(found, masked.embedding, atol=1e-6, rtol=1e-5)

@@ -16,7 +16,8 @@ from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn import digits, graded
-from lowtide.learn.graded import Always, Code, GradedGroup, GradedModel, budget_tables, head_kl
+from lowtide.learn.always import Always
+from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables, head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
 from lowtide.rules import get_rule
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_the_text(exact, monkeypatch):
     units = [torch.randn(7, 5, generator=generator) for _ in range(3)]
     scales = [torch.rand(n, generator=generator) + 0.1 for n in (7, 5)]
     always = torch.randn(7, 5, generator=generator) * (torch.rand(7, 5, generator=generator) < 0.3)
-    rest = Always(always), torch.zeros(7), torch.zeros(5), torch.ones(5), 0
+    rest = Always(always), torch.zeros(7), torch.zeros(5), 0
     group = GradedGroup("layers.0.o", torch.cat(units, 1), *scales, *rest)
     planes = [scales[0][:, None] * unit * scales[1] for unit in units]
     monkeypatch.setattr(digits, "CHUNK", 15)  # three tokens at a time

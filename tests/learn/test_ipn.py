@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowtide.errors import LowtideError
-from lowtide.learn.graded import Always, GradedGroup
+from lowtide.learn.always import Always
+from lowtide.learn.graded import GradedGroup
 from lowtide.learn.ipn import LIMIT, At, Ipn
 from lowtide.learn.ipn_export import SAMPLE, _stride, as_stored
 from lowtide.learn.ipn_loss import Prices, loss_of, mean_open, unrest
@@ -103,7 +104,7 @@ def test_parts_that_do_not_learn_are_not_there():
 def group_of(name: str, out: int, inputs: int) -> GradedGroup:
     nothing = Always(torch.zeros(out, inputs))
     scales = torch.ones(out), torch.ones(inputs)
-    return GradedGroup(name, torch.zeros(0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), scales[1], 0)
+    return GradedGroup(name, torch.zeros(0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), 0)
 
 
 class Model:

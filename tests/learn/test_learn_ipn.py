@@ -109,7 +109,7 @@ def test_an_interrupted_run_gives_the_same_artifact(source, tmp_path):
 
 def test_joint_training_moves_weights_and_helps(source, tmp_path):
     options = IpnOptions(
-        steps=40, bits=(4.0, 5.0), focus=0.7, windows=6, features=4, check_every=10, weight_rate=0.01, rate=0.03
+        steps=40, bits=(4.0, 5.0), focus=0.7, windows=6, features=4, check_every=10, weight_rate=0.004, rate=0.01
     )
     figures = learn_joint(source / "model", tmp_path / "out", options, source / "artifact", source / "text")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -101,7 +101,7 @@ def ipn(
     features: Annotated[int, typer.Option(help="Features of each probe.")] = 16,
     parts: Annotated[str, typer.Option(help="What learns.")] = "importance,theta,offset",
     sparsity_loss: Annotated[
-        str, typer.Option(help="hinge (a budget that is kept) or l1 (open masks' mean).")
+        str, typer.Option(help="hinge (on bits above the budget) or l1 (open masks' mean).")
     ] = "hinge",
     l1: Annotated[float, typer.Option("--l1", help="Weight of the l1 term.")] = 1.0,
     consistency: Consistency = 0.0,

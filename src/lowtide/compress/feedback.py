@@ -9,9 +9,7 @@ read whole). A graded code is read at another level in every channel and token. 
 
 y* being what the dense layer gives for the dense model's input, less what is read whatever the mask. A weight's S
 numbers u_ij. follow from its one code q_ij, so for one channel of a row all 4^S codes are compared exactly, the others
-held: cost(q) = u(q)' G_jj u(q) - 2 u(q)' h_j. That is coordinate descent, which never makes the sum of squares larger.
-(Rounding feature after feature with errors moved on, as GPTQ does, was tried first and made down_proj worse: a 2-bit
-digit clips what is moved into a quiet channel.)
+held: cost(q) = u(q)' G_jj u(q) - 2 u(q)' h_j. That is coordinate descent, which never makes what it minimises larger.
 
 Correlations between channels are shrunk, for calibration text is short; and every channel keeps a little of the wish to
 be right by itself when it is read in full, which is what decides digits that the text hardly ever reads.
@@ -114,7 +112,7 @@ def _problem(coded: Coded, seen: Seen, target: torch.Tensor, energy: torch.Tenso
     moments, slope = _sums(seen, first, last)
     now = coded.parts(first, last)
     shrink = min(MAX_SHRINK, SHRINK * seen.inputs.shape[1] / tokens)
-    own = _own(moments, slices)
+    own = _own_view(moments, slices).clone()
     moments.mul_(1 - shrink)
     # what the channel's own input asks for, and what its digits give of that
     per_channel = target[:, first:last].T[:, None, :]
@@ -150,10 +148,6 @@ def _own_view(moments: torch.Tensor, slices: int) -> torch.Tensor:
     width = moments.shape[0]
     step = width * slices + slices
     return moments.as_strided((width // slices, slices, slices), (step, width, 1))
-
-
-def _own(moments: torch.Tensor, slices: int) -> torch.Tensor:
-    return _own_view(moments, slices).clone()
 
 
 def _sweep(coded: Coded, problem: _Problem, first: int, last: int) -> None:

@@ -20,7 +20,7 @@ from lowtide.compress.held_out import held_out_kl
 from lowtide.compress.pack import WorkFolder, group_curve, pack_group
 from lowtide.compress.prune.apply import PruneOptions, prune_model
 from lowtide.compress.quantise import QuantisedGroup, QuantOptions, quantise_group
-from lowtide.compress.recoding import AIMS, Recoding, looked_up
+from lowtide.compress.recoding import AIMS, FEEDBACK_VERSION, Recoding
 from lowtide.compress.search import ROUNDS, Target, Trial, coded_size, first_step, next_step
 from lowtide.compress.sources import Source, open_source
 from lowtide.compress.steps import StepOptions, code_steps
@@ -34,13 +34,13 @@ from lowtide.format.writer import ArtifactWriter
 from lowtide.rules import parse_policy
 
 Progress = Callable[[str, int, int], None]
-"""`progress(stage, done, total)`; stages: sample, forward, quantise, measure, write."""
+"""`progress(stage, done, total)`; stages: sample, forward, quantise, feedback, measure, write, entropy."""
 WORK_VERSION = 2
 """Raised when groups finished by an older version of this code must not be reused."""
 STATIC_WINDOWS, HELD_OUT = 24, 4
 """Windows of a text file for static coding, and how many of them are held out to measure KL."""
 FEEDBACK_WINDOWS = 32
-"""Windows of a text file that feedback looks at. Of sampled text it takes what there is."""
+"""Windows of a text file that feedback looks at; sampled text and `calibration_tokens` it takes as they are."""
 GENTLE = 0.25
 """Part of the usual first step that is taken where pruning alone is asked for."""
 
@@ -228,7 +228,7 @@ class _Job:
         if known is None:
             self.work.save_arrays("calibration", {"ids": ids.numpy()})
         self.feedback_ids = ids
-        if calibration is not None and self.target is None and tokens is None:
+        if self.feedback and calibration is not None and tokens is None:
             self.feedback_ids = windows_of_file(self.source, calibration, FEEDBACK_WINDOWS)
         held = 0 if self.target is None else min(HELD_OUT, len(ids) // 4)
         self.ids, self.held_out = ids[: len(ids) - held], ids[len(ids) - held :]
@@ -256,7 +256,7 @@ class _Job:
         grid, tables = threshold_tables(curves[:-1], curves[-1], [NORM])
         table = self.work.load_group(self.specs["head" if self.config.tied else "embed"], self.slices)
         assert self.feedback is not None
-        about = {"aim": self.feedback, "windows": len(self.feedback_ids)}
+        about = {"version": FEEDBACK_VERSION, "aim": self.feedback, "windows": len(self.feedback_ids)}
         self.recoded = WorkFolder(self.root.path / "feedback", about)
         Recoding(
             self.model,
@@ -266,7 +266,7 @@ class _Job:
             {name: rows[0] for name, rows in tables.items()},
             lambda name: self.work.load_group(self.specs[name], self.slices),
             lambda done, total: self.progress("feedback", done, total),
-        ).run(self.recoded, looked_up(table))
+        ).run(self.recoded, torch.from_numpy(table.lookup()))
 
     def search(self, other: int) -> dict[str, Any]:
         """Walk with one step after another until the target is met; the last walk's groups are the result.
@@ -354,8 +354,7 @@ class _Job:
         zero = self.target is not None
         with ArtifactWriter(target, force=force) as writer:
             for done, spec in enumerate(self.specs.values()):
-                recoded = self.recoded is not None and self.recoded.has(spec.name)
-                folder = self.recoded if self.recoded is not None and recoded else self.work
+                folder = self.recoded if self.recoded is not None and self.recoded.has(spec.name) else self.work
                 group = folder.load_group(spec, self.slices, zero)
                 if spec.has_thresholds:
                     group.thresholds = thresholds[spec.name]

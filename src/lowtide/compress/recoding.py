@@ -20,6 +20,7 @@ from lowtide.arch import GROUPS
 from lowtide.compress.dense import DenseModel, decoder_block, rope_tables
 from lowtide.compress.feedback import Coded, Seen, recode
 from lowtide.compress.pack import WorkFolder
+from lowtide.errors import LowtideError
 from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
 
@@ -27,10 +28,12 @@ BUDGETS = (2.25, 2.75, 3.25, 4.0, math.inf)
 """Bits read that digits are chosen for, in turn over the windows."""
 AIMS = {"low": (4.0**0.75, 5.0), "even": (4.0**1.2, 6.3)}
 """Which budgets gain. Higher ones have smaller errors, so their windows get a weight: a factor for each bit, and the
-bits from which on it grows no more. `even` makes none worse, `low` takes from a full read for the budgets below 3."""
+bits from which on it grows no more. `even` is to make none worse, `low` takes from a full read for budgets up to 3."""
 HALF = torch.bfloat16
 """Of products whose errors are measured; what digits are chosen by is float32."""
 STATE = "feedback"
+FEEDBACK_VERSION = 1
+"""Raised when blocks recoded by an older version of this code must not be reused."""
 
 
 @dataclass
@@ -69,6 +72,11 @@ class Recoding:
     def run(self, work: WorkFolder, embedding: torch.Tensor) -> None:
         """Recode into `work`, where an interrupted run goes on. embedding: f32 [V, D], as engines look it up."""
         layers = self.model.config.num_layers
+        if len(self.ids) < len(BUDGETS):
+            raise LowtideError(
+                f"--feedback: needs {len(BUDGETS)} windows of {self.ids.shape[1]} tokens or more, one for each of its "
+                "budgets; give a longer calibration text"
+            )
         rows, say = [], []
         factor, most = AIMS[self.aim]
         for window in range(len(self.ids)):
@@ -122,9 +130,11 @@ class Recoding:
         window = self.ids.shape[1]
         cuts = torch.from_numpy(self.thresholds[group.name])[text.rows].repeat_interleave(window, 0)
         bias = torch.from_numpy(np.concatenate([linear.bias for linear in group.linears]).astype(np.float32))
-        always = np.concatenate([group.exact_part(i) for i in range(len(group.linears))])
-        error = y - bias - F.linear(a.to(HALF), torch.from_numpy(always).to(HALF)).float()
-        a[:, torch.from_numpy(group.exact_channels.astype(np.int64))] = 0
+        always = torch.from_numpy(group.always())
+        exact = torch.from_numpy(group.exact_channels.astype(np.int64))
+        error = y - bias - a[:, exact] @ always[:, exact].T  # massive inputs: in float32
+        a[:, exact] = 0
+        error -= F.linear(a.to(HALF), always.to(HALF)).float()
         masks = []
         for k, plane in enumerate(coded.planes()):
             masks.append(score > cuts[:, k, None])
@@ -134,24 +144,13 @@ class Recoding:
 
 def coded_of(group: GroupTensors) -> Coded:
     """A group's digits and what they mean."""
-    digits = [
-        codec.unpack_digits(linear.weight, linear.out_features, group.in_features, group.slices)
-        for linear in group.linears
-    ]
-    held = np.zeros((sum(linear.out_features for linear in group.linears), group.in_features), bool)
-    held[:, group.exact_channels] = True
-    first = 0
-    for linear in group.linears:
-        rows, cols, _ = linear.outliers()
-        held[first + rows, cols] = True
-        first += linear.out_features
     scales = np.concatenate([linear.row_scale for linear in group.linears]).astype(np.float32)
     return Coded(
-        torch.from_numpy(np.concatenate(digits)),
+        torch.from_numpy(group.codes()),
         code_values(group),
         torch.from_numpy(scales),
         torch.from_numpy(group.col_scale.astype(np.float32)),
-        torch.from_numpy(held),
+        torch.from_numpy(group.beside()),
     )
 
 
@@ -178,14 +177,3 @@ def _with(group: GroupTensors, digits: torch.Tensor, shift: torch.Tensor) -> Gro
         linears.append(dataclasses.replace(linear, weight=weight, bias=bias))
         first += linear.out_features
     return dataclasses.replace(group, linears=linears)
-
-
-def looked_up(table: GroupTensors) -> torch.Tensor:
-    """An embedding as engines look it up, every slice and no shrink; f32 [V, D]."""
-    coded = coded_of(table)
-    whole = coded.digits.float().mul_(4.0 ** (1 - table.slices)) - codec.doubled_centre(table.centres) / 2 * 4.0 ** (
-        1 - table.slices
-    )
-    whole.mul_(coded.cols).mul_(coded.rows[:, None])
-    exact = np.concatenate([table.exact_part(i) for i in range(len(table.linears))])
-    return torch.where(coded.held, torch.from_numpy(exact), whole)

@@ -176,6 +176,32 @@ class GroupTensors:
                 named[f"{linear.name}.{field}"] = getattr(linear, field)
         return named
 
+    def codes(self) -> NDArray[np.uint8]:
+        """The digits of all rows of the group as offset-binary integers, uint8 [out, in]."""
+        parts = [codec.unpack_digits(x.weight, x.out_features, self.in_features, self.slices) for x in self.linears]
+        return np.concatenate(parts)
+
+    def beside(self) -> NDArray[np.bool_]:
+        """Which weights are exact beside the digits (outliers, exact channels), of all rows: bool [out, in]."""
+        mask = np.zeros((sum(linear.out_features for linear in self.linears), self.in_features), bool)
+        mask[:, self.exact_channels] = True
+        first = 0
+        for linear in self.linears:
+            rows, cols, _ = linear.outliers()
+            mask[first + rows, cols] = True
+            first += linear.out_features
+        return mask
+
+    def always(self) -> F32:
+        """`exact_part` of all rows, float32 [out, in]."""
+        return np.concatenate([self.exact_part(index) for index in range(len(self.linears))])
+
+    def lookup(self) -> F32:
+        """A table of embeddings as engines look it up, every slice and no shrink: float32 [out, in]."""
+        whole = [_digit_sum(x.weight, self.centres, x.out_features, self.in_features) for x in self.linears]
+        scale = np.concatenate([x.row_scale for x in self.linears]).astype(np.float32)[:, None]
+        return np.where(self.beside(), self.always(), np.concatenate(whole) * self.col_scale.astype(np.float32) * scale)
+
     def weights(self) -> int:
         """Number of weights in the member layers."""
         return self.in_features * sum(linear.out_features for linear in self.linears)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
 
 HALF = torch.bfloat16
@@ -31,13 +28,8 @@ class Code:
         self.shrink = [float(s) for s in group.shrink]
         halves = [c / 2 for c in group.centres]
         self.offsets = [sum(t * 4.0**-s for s, t in enumerate(halves[: n + 1])) for n in range(self.slices)]
-        parts = [
-            codec.unpack_digits(linear.weight, linear.out_features, group.in_features, group.slices)
-            for linear in group.linears
-        ]
-        self.stored = torch.from_numpy(np.concatenate(parts))
-        fixed = np.concatenate([_fixed(group, i) for i in range(len(group.linears))])
-        self.fixed = torch.from_numpy(fixed)
+        self.stored = torch.from_numpy(group.codes())
+        self.fixed = torch.from_numpy(group.beside())  # training leaves these alone
         self._places = self.fixed.flatten().nonzero()[:, 0]
         self._kept = self.stored.flatten()[self._places]
 
@@ -106,13 +98,3 @@ def chunks(rows: int, columns: int) -> list[slice]:
     """Runs of rows so few that several passes over them in float32 stay in a core's cache."""
     count = max(1, CHUNK // columns)
     return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
-
-
-def _fixed(group: GroupTensors, index: int) -> np.ndarray[Any, Any]:
-    """bool [out, in]: weights that training leaves alone, for they are stored exactly beside the digits."""
-    linear = group.linears[index]
-    mask = np.zeros((linear.out_features, group.in_features), bool)
-    rows, cols, _ = linear.outliers()
-    mask[rows, cols] = True
-    mask[:, group.exact_channels] = True
-    return mask

@@ -13,7 +13,6 @@ in float32. The int8 coefficients of the engines are left out: they cost less th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tab
 from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
+from lowtide.learn.always import Always
 from lowtide.learn.digits import HALF, Code, chunks
 from lowtide.learn.shards import whole
 
@@ -51,38 +51,13 @@ class Masks(Protocol):
         ...
 
 
-class Always:
-    """Weights that are read whatever the mask, few of [out, in]: in rows and in columns, compressed.
-
-    A dense product would take as long as that of a slice; for one weight in 250, which is what outliers are, this takes
-    a fifth of it (SmolLM2's shapes, one thread).
-    """
-
-    def __init__(self, weights: torch.Tensor) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            self.by_rows, self.by_columns = weights.to_sparse_csr(), weights.T.contiguous().to_sparse_csr()
-
-    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """y f32 [T, out] += weights x, for x f32 [T, in]."""
-        y.T.addmm_(self.by_rows, x.T)
-
-    def add_back(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x f32 [T, in] += what y f32 [T, out] says of it."""
-        x.T.addmm_(self.by_columns, y.T)
-
-    def dense(self) -> torch.Tensor:
-        """f32 [out, in]."""
-        return self.by_rows.to_dense()
-
-
 @dataclass
 class GradedGroup:
     """One group: what slices add, and what is always read.
 
     planes: bfloat16 [out, S * in], D_k / (r_i c_j) side by side, which depends on the digits only;
     rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
-    bias: f32 [out]; mean: f32 [in]; open: f32 [in], 0 for exact channels; side_bits: read whatever the mask.
+    bias: f32 [out]; mean: f32 [in]; side_bits: read whatever the mask.
     learned, under training: weight z f32 [out, in] in units of r_i c_j; log_rows f32 [out] and log_cols
     f32 [in], the learned parts of the scales' natural logarithms; and the bias.
     """
@@ -94,7 +69,6 @@ class GradedGroup:
     always: Always
     stored_bias: torch.Tensor
     mean: torch.Tensor
-    open: torch.Tensor
     side_bits: int
     learned: nn.ParameterDict | None = None
 
@@ -233,7 +207,7 @@ class GradedModel:
         self.last = nn.ParameterList([nn.Parameter(stored["model.norm.weight"], requires_grad=train_weights)])
         self.head, self.head_bias = self._full_head()
         table = "head" if self.config.tied else "embed"
-        self.embedding = _embedding(artifact.groups[table])
+        self.embedding = torch.from_numpy(artifact.groups[table].lookup())
         body = [g for name, g in self.groups.items() if name != "head"]
         self.weights = sum(g.out * g.inputs for g in body)
 
@@ -336,27 +310,15 @@ class GradedModel:
         return y + group.bias, 2.0 * group.out * count
 
 
-def _embedding(group: GroupTensors) -> torch.Tensor:
-    """The embedding as engines look it up: every slice, no shrink; f32 [V, D]."""
-    code = Code(group)
-    whole = code.units().mul_(code.cols).mul_(code.rows)
-    exact = torch.from_numpy(group.exact_part(0))
-    return torch.where(code.fixed, exact, whole)
-
-
 def _group(group: GroupTensors, code: Code) -> GradedGroup:
-    always = np.concatenate([group.exact_part(i) for i in range(len(group.linears))])
-    readable = torch.ones(group.in_features)
-    readable[torch.from_numpy(group.exact_channels.astype(np.int64))] = 0
     return GradedGroup(
         name=group.name,
         planes=code.planes(code.stored),
         rows=code.rows[:, 0],
         cols=code.cols,
-        always=Always(torch.from_numpy(always).float()),
+        always=Always(torch.from_numpy(group.always())),
         stored_bias=torch.from_numpy(np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])),
         mean=torch.from_numpy(group.mean.astype(np.float32)),
-        open=readable,
         side_bits=8 * group.side_bytes(),
     )
 

@@ -4,11 +4,10 @@
          | log KL(dense || masked) + l1 * mean soft mask                 (l1, the specification's term)
          + consistency * mean |m_t - m_{t+1}|, and |m(x) - m(x + noise)|, of soft masks
 
-The logarithm gives every budget the same say: at 2 bits the KL is ten times that at 3.5. Under the hinge the bits end
-at the target or a little below, because log KL falls by about ELASTICITY for each bit that is read; a pressure below
-that would buy quality with bytes instead. Two other ways were tried and lost: bits at the constant price ELASTICITY, a
-controller holding their sum (stories15M, 40 joint steps: 1.2 times the hinge's KL), and either of them with rates of
-0.02, at which Adam carries all thresholds half a bit past the target.
+The logarithm gives every budget the same say: at 2 bits the KL is ten times that at 3.5. Bits are held on the budget by
+a controller (`learn.level`), and what a price says about all thresholds together is taken out of their gradients; the
+hinge still moves importances and offsets. log KL falls by about ELASTICITY for each bit that is read; a pressure below
+that would buy quality with bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Prices:
         if self.kind not in SPARSITY_LOSSES:
             raise LowtideError(f"--sparsity-loss {self.kind}: known are {', '.join(SPARSITY_LOSSES)}")
         if self.kind == "hinge" and self.pressure <= ELASTICITY:
-            raise LowtideError(f"--pressure {self.pressure:g}: must be above {ELASTICITY:g}, or bits are not kept")
+            raise LowtideError(f"--pressure {self.pressure:g}: must be above {ELASTICITY:g}, or bits buy quality")
         for option, value in (("--l1", self.l1), ("--consistency", self.consistency)):
             if not 0 <= value < math.inf:
                 raise LowtideError(f"{option} {value:g}: must be 0 or more")

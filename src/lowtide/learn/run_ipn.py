@@ -331,7 +331,9 @@ def _finish(
     for name, tensors in stored.items():
         if tensors.mix is not None:
             tensors.gain = gains(ipn, name)
-    learned = {"trained_tokens": run.tokens, "steps": run.best_step, "joint": bool(o.weight_rate), "seed": o.seed}
+    before = artifact.manifest.stats.get("learned")
+    joint = bool(o.weight_rate) or (isinstance(before, dict) and bool(before.get("joint")))
+    learned = {"trained_tokens": run.tokens, "steps": run.best_step, "joint": joint, "seed": o.seed}
     base = folder
     if o.weight_rate:
         base = work / "weights"

@@ -112,5 +112,5 @@ def _thin(group: GradedGroup, code: Code) -> GradedGroup:
     """The group without what its weights tell."""
     code.thin()
     nothing = torch.empty(0, dtype=HALF)
-    fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.open, group.side_bits)
+    fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.side_bits)
     return _ThinGroup(group.name, nothing, *fields, learned=group.learned, code=code)
