@@ -41,6 +41,7 @@ from typing import Any
 import common
 
 from lowtide.errors import LowtideError
+from lowtide.kernels.library import library
 from lowtide.runtime.budget import BudgetController
 from lowtide.runtime.model import Model, load
 
@@ -254,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     try:
         cases, ids = make_cases(options)
+        if b".symtab" not in Path(library()._name).read_bytes():
+            common.note("the library has no symbols, so these shares are far too low; name CMake's in LOWTIDE_LIBRARY")
         measure(cases, ids, options)
     except LowtideError as error:
         print(f"rule_cost: error: {error}", file=sys.stderr)
