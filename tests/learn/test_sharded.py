@@ -58,8 +58,10 @@ def test_a_step_is_that_of_one_process(source, sharded, number):
         if name.startswith("now."):  # Adam's first step is the rate in the gradient's direction: noise where it is 0
             size = expected.get(name.replace("now.", "grad."), value).abs()
             wrong = wrong[size > 1e-3 * size.max()]
-        limit = 0.01 if name == "value" else 1e-4  # held-out KL: a mask may tip over
-        assert torch.linalg.norm(wrong) <= limit * torch.linalg.norm(value) + 1e-6, name
+        if name == "value":  # a logarithm of held-out KL, which may be near 0; a mask may tip over
+            assert abs(wrong) < 0.05
+            continue
+        assert torch.linalg.norm(wrong) <= 1e-4 * torch.linalg.norm(value) + 1e-6, name
     weights = [name for name in before if name.endswith(".weight") and "layers" in name]
     assert len(weights) == 4 * 2 + 2 * 2
     for name in weights:
