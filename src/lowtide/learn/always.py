@@ -10,8 +10,8 @@ import torch
 class Always:
     """Weights that are read whatever the mask, few of [out, in]: in rows and in columns, compressed.
 
-    A dense product would take as long as that of a slice; for one weight in 250, which is what outliers are, this takes
-    a fifth of it (SmolLM2's shapes, one thread).
+    A dense product would take as long as that of a slice; for one weight in 250, which is what outliers are, this took
+    a sixth to a half of that (SmolLM2's shapes, one thread; a trial that left no results file).
     """
 
     def __init__(self, weights: torch.Tensor) -> None:
