@@ -15,11 +15,14 @@ from support.twin import write_folder
 import lowtide
 from lowtide.cli import learn
 from lowtide.compress import compress
+from lowtide.compress.dense import DenseModel
+from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels.native import Engine
 from lowtide.kernels.reference import ReferenceEngine
 from lowtide.learn import ipn_train, run_ipn
+from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn_loss import Prices
 from lowtide.learn.ipn_train import IpnOptions
 from lowtide.learn.parallel import Parallel
@@ -310,3 +313,16 @@ def test_the_weights_rate_falls_with_the_width(source, tmp_path, monkeypatch):
     learn_joint(source / "model", tmp_path / "out", IpnOptions(weight_rate=None), source / "artifact")
     learn_joint(source / "model", tmp_path / "out", IpnOptions(weight_rate=0.01), source / "artifact")
     assert [options.weight_rate for options in asked] == [0.003, 0.01]
+
+
+def test_weights_with_feedback_are_where_joint_training_begins(source, tmp_path):
+    long = tmp_path / "long"
+    long.write_text((source / "text").read_text() * 4)
+    compress(source / "model", tmp_path / "fed", calibration=long, policies=["channel-norm"], feedback="low")
+    artifact = open_artifact(tmp_path / "fed")
+    model = GradedModel(artifact, DenseModel(open_source(source / "model")), train_weights=True)
+    for name, group in artifact.groups.items():
+        if name in model.codes:
+            assert np.array_equal(model.trained(name)[0].numpy(), group.codes()), name
+    plain = GradedModel(open_artifact(source / "artifact"), model.dense, train_weights=True)
+    assert not np.array_equal(plain.trained("layers.0.o")[0], model.trained("layers.0.o")[0])
