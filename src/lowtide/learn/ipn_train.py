@@ -38,6 +38,11 @@ KEPT_BYTES = 1 << 30
 SCALE_RATE = 0.5
 """Rate of the scales' logarithms, in units of the weights' relative rate."""
 
+JOINT_SHARE = 0.2
+"""Of the network's rates, where weights learn beside it: masks that move much from step to step spoil what weights
+learn. From feedback's digits on stories15M the held-out KL at 2.35 bits rose from 0.175 to 0.209 between steps 25 and
+50 at the full rates, and stood at 0.165 and 0.168 at a fifth of them."""
+
 
 @dataclass(frozen=True)
 class IpnOptions:
@@ -47,10 +52,12 @@ class IpnOptions:
         steps: of end-to-end training; 0 leaves the self-supervised start.
         bits: lowest and highest budget; focus: probability of drawing the lowest.
         windows: of a step.
-        rate, probe_rate: of Adam, for thresholds, importances and mixes, and for probes.
+        rate, probe_rate: of Adam, for thresholds, importances and mixes, and for probes; JOINT_SHARE of them where
+            weights learn too.
         weight_rate: for the model's weights, biases and norms, relative to each matrix's root mean square; 0 leaves the
             model alone; None: by the model's width (`run_ipn.rate_for`).
         tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
+        average: decay, for each step, of the average of parameters that is kept (`ipn_progress.Run.follow`).
         features: H of each probe. parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
     """
@@ -64,6 +71,7 @@ class IpnOptions:
     weight_rate: float | None = 0.0
     tau: float = 0.7
     prices: Prices = field(default_factory=Prices)
+    average: float = 0.95
     features: int = 16
     parts: tuple[str, ...] = Ipn.PARTS
     check_every: int = 25
@@ -81,6 +89,8 @@ class IpnOptions:
             raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")
         if self.weight_rate is not None and not 0 <= self.weight_rate < 1:
             raise LowtideError(f"--weight-rate {self.weight_rate:g}: must be at least 0 and below 1")
+        if not 0 <= self.average < 1:
+            raise LowtideError(f"average {self.average:g}: must be at least 0 and below 1")
         unknown = set(self.parts) - set(Ipn.PARTS)
         if unknown or not self.parts:
             raise LowtideError(f"--parts: known are {', '.join(Ipn.PARTS)}")
@@ -120,6 +130,7 @@ class Learner:
         """Adam with a rate for each kind of parameter; `rate0` is the one that schedules start from."""
         o = self.options
         weight_rate = o.weight_rate or 0.0
+        share = JOINT_SHARE if weight_rate else 1.0
         groups = []
         for name, p in self.parameters().items():
             if name.endswith((".log_rows", ".log_cols")):
@@ -127,9 +138,9 @@ class Learner:
             elif name.startswith("model/"):
                 rate = weight_rate * float(whole(p).pow(2).mean().sqrt().clamp_min(1e-3))
             elif name.endswith(("/probe", "/bias")):
-                rate = o.probe_rate
+                rate = o.probe_rate * share
             else:
-                rate = o.rate
+                rate = o.rate * share
             groups.append({"params": [p], "lr": rate, "rate0": rate})
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 

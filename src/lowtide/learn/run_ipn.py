@@ -287,6 +287,7 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
     run = progress.load(work, parameters, optimiser, key, learner.parallel)
     if run is None:
         run = progress.Run()
+        run.follow(parameters, o.average)
         checked = learner.check()
         if not math.isfinite(checked["value"]):
             raise LowtideError("the held-out KL is not finite: the model, its artifact or its text is damaged")
@@ -296,17 +297,19 @@ def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.R
         figures = learner.step(run.step, optimiser)
         run.step += 1
         run.tokens += int(figures["tokens"])
+        run.follow(parameters, o.average)
         report("train", run.step, o.steps)
         finite = math.isfinite(figures["kl"])
         if finite and run.step % o.check_every and run.step < o.steps:
             continue
-        checked = learner.check() if finite else {"value": None, "points": []}
-        run.history.append({"step": run.step, "tokens": run.tokens} | checked)
-        if checked["value"] is None or not checked["value"] < run.first + DIVERGED:
-            run.history[-1]["diverged"] = True
-            break
-        if checked["value"] < run.best:
-            run.keep(parameters, checked["value"])
+        with run.averaged(parameters):
+            checked = learner.check() if finite else {"value": None, "points": []}
+            run.history.append({"step": run.step, "tokens": run.tokens} | checked)
+            if checked["value"] is None or not checked["value"] < run.first + DIVERGED:
+                run.history[-1]["diverged"] = True
+                break
+            if checked["value"] < run.best:
+                run.keep(parameters, checked["value"])
         progress.save(work, run, parameters, optimiser, key, learner.parallel)
     run.restore(parameters)
     learner.model.refresh()
