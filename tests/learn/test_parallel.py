@@ -20,7 +20,7 @@ from lowtide.learn.ipn_train import IpnOptions
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.run_ipn import learn_joint
 
-OPTIONS = ["--bits", "4", "--high", "5", "--steps", "4", "--windows", "4", "--weight-rate", "0.002", "--json"]
+OPTIONS = ["--bits", "4", "--high", "5", "--steps", "12", "--windows", "4", "--weight-rate", "0.002", "--json"]
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install accelerate"
 )
@@ -81,10 +81,10 @@ def test_two_processes_train_the_network_of_one_and_write_it_once(source, tmp_pa
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout)  # printed once
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
-    options = IpnOptions(steps=4, bits=(4.0, 5.0), focus=0.7, windows=4, weight_rate=0.002)
+    options = IpnOptions(steps=12, bits=(4.0, 5.0), focus=0.7, windows=4, weight_rate=0.002)
     one = learn_joint(source / "model", tmp_path / "one", options, source / "artifact", source / "text")
-    assert figures["trained_tokens"] == one["trained_tokens"] == 4 * 4 * 32
-    assert figures["best_step"] == one["best_step"] == 4
+    assert figures["trained_tokens"] == one["trained_tokens"] == 12 * 4 * 32
+    assert figures["best_step"] == one["best_step"] == 12
     for when, error in (("before", 1e-3), ("after", 0.02)):
         for ours, theirs in zip(figures[when], one[when], strict=True):
             assert ours == pytest.approx(theirs, rel=error), when
