@@ -326,3 +326,30 @@ def test_weights_with_feedback_are_where_joint_training_begins(source, tmp_path)
             assert np.array_equal(model.trained(name)[0].numpy(), group.codes()), name
     plain = GradedModel(open_artifact(source / "artifact"), model.dense, train_weights=True)
     assert not np.array_equal(plain.trained("layers.0.o")[0], model.trained("layers.0.o")[0])
+
+
+def test_what_is_written_is_the_average_of_steps(source, tmp_path):
+    for average in (0.0, 0.95):
+        options = dataclasses.replace(FAST, average=average)
+        learn_ipn(source / "artifact", source / "model", tmp_path / f"{average}", options, source / "text")
+    assert not same(tensors(tmp_path / "0.0"), tensors(tmp_path / "0.95"))
+
+
+def test_the_network_learns_more_slowly_beside_weights(source, tmp_path, monkeypatch):
+    rates = []
+
+    def adam(groups, **_):
+        rates.append({id(g["params"][0]): g["lr"] for g in groups}.values())
+        raise LowtideError("enough")
+
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    for weight_rate, start in ((0.0, learn_ipn), (0.002, learn_joint)):
+        options = dataclasses.replace(FAST, weight_rate=weight_rate)
+        given = (source / "artifact", source / "model", tmp_path / "out", options, source / "text")
+        if weight_rate:
+            given = (source / "model", tmp_path / "out", options, source / "artifact", source / "text")
+        with pytest.raises(LowtideError, match="enough"):
+            start(*given, resume=False)
+    alone, beside = (set(r) for r in rates)
+    assert {FAST.rate, FAST.probe_rate} == alone
+    assert not alone & beside and {FAST.rate * 0.2, FAST.probe_rate * 0.2} <= beside
