@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from dynamic_common import Row, Subject, budgets
 
-from lowtide.learn.graded import HALF, GradedModel, budget_tables, head_kl
+from lowtide.learn.digits import HALF
+from lowtide.learn.graded import GradedModel, budget_tables
+from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import Prices
 from lowtide.learn.ipn_train import IpnOptions, Learner
@@ -125,7 +127,7 @@ class Bench:
             at = make(ipn, bits, shift)
             hidden, got = self.model.hidden(row[None], at)
             read.append(float(got.mean()))
-            kl.append(float(head_kl(self.model, hidden, theirs, self.head)))
+            kl.append(float(head_kl(self.model, hidden, theirs, self.head, at)))
             seen.append(at)
         return float(np.mean(read)), float(np.mean(kl)), seen
 

@@ -15,9 +15,10 @@ from lowtide.compress.masked import MaskedModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import digits, graded
+from lowtide.learn import digits, graded, head
 from lowtide.learn.always import Always
-from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables, head_kl
+from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables
+from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
 from lowtide.rules import get_rule
@@ -38,7 +39,7 @@ def made(small, tmp_path_factory):
 @pytest.fixture
 def exact(monkeypatch):
     """Products in float32, so that the same levels must come out."""
-    for module in (graded, digits):
+    for module in (graded, digits, head):
         monkeypatch.setattr(module, "HALF", torch.float32)
 
 
@@ -55,15 +56,12 @@ def test_an_untrained_network_reads_what_channel_norm_reads(made, small, exact):
     masked = MaskedModel(artifact.config, artifact.groups, norms, quantise_coefficients=False)
     names = [n for n in artifact.groups if n != "embed"]
     thresholds = dict(zip(names, params.thresholds, strict=True))
-    thresholds["head"] = np.zeros_like(thresholds["head"])  # training reads the head in full
     logits, bits = masked.logits(small.ids[:2], get_rule("channel-norm"), thresholds)
-    model, ipn = GradedModel(artifact, dense), untrained(artifact)
-    hidden, read = model.hidden(small.ids[:2], At(ipn, BITS))
+    model, at = GradedModel(artifact, dense), At(untrained(artifact), BITS)
+    hidden, read = model.hidden(small.ids[:2], at)
     assert float(read.detach().mean()) == pytest.approx(bits, rel=1e-6)
-    ours = F.linear(hidden, model.head) + model.head_bias
-    assert torch.allclose(ours, logits, atol=2e-4 * float(logits.abs().max()))
     theirs = dense.hidden(small.ids[:2])
-    loss = head_kl(model, hidden, theirs, dense.head_weight)
+    loss = head_kl(model, hidden, theirs, dense.head_weight, at)
     logp, logq = F.linear(theirs, dense.head_weight).log_softmax(-1), logits.log_softmax(-1)
     assert float(loss) == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), rel=1e-3)
 
@@ -96,7 +94,7 @@ def test_bfloat16_changes_little(made, small, monkeypatch):
     model, ipn = GradedModel(artifact, dense), untrained(artifact)
     with torch.no_grad():
         hidden, read = model.hidden(small.ids, At(ipn, ipn.grid[-1]))  # read in full: no mask may tip over
-        for module in (graded, digits):
+        for module in (graded, digits, head):
             monkeypatch.setattr(module, "HALF", torch.float32)
         precise, same = GradedModel(artifact, dense).hidden(small.ids, At(ipn, ipn.grid[-1]))
     assert hidden.dtype == torch.float32
@@ -132,16 +130,27 @@ def test_gradients_are_those_of_the_text(exact, monkeypatch):
     assert torch.allclose(learned[0].grad, scales[0][:, None] * scales[1] * (g.T @ read), atol=1e-5)
 
 
-def test_the_heads_gradient_is_autograds(made, small, exact):
+def test_the_heads_gradient_is_autograds_masks_held(made, small, exact, monkeypatch):
+    monkeypatch.setattr(head, "TOKENS", 5)
     artifact, dense = made
-    model = GradedModel(artifact, dense)
+    model, at = GradedModel(artifact, dense), At(untrained(artifact), BITS)
     theirs = dense.hidden(small.ids[:1])
     ours = (theirs + 0.1 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))).requires_grad_(True)
-    head_kl(model, ours, theirs, dense.head_weight).backward()
-    again = ours.detach().clone().requires_grad_(True)
-    logq = (F.linear(again, model.head) + model.head_bias).log_softmax(-1)
-    logp = F.linear(theirs, dense.head_weight).log_softmax(-1)
-    (logp.exp() * (logp - logq)).sum(-1).mean().backward()
+    loss = head_kl(model, ours, theirs, dense.head_weight, at)
+    loss.backward()
+    again, group = ours.detach().clone().requires_grad_(True), model.groups["head"]
+    a = again - group.mean
+    score, theta = (t.detach() for t in at.scores("head", a[0]))
+    masks = (score > theta[:, None, None]).float()
+    assert 0 < masks.mean() < 1
+    planes = group.planes.float().view(group.out, -1, group.inputs)
+    weights = planes * group.rows[:, None, None] * group.cols
+    logits = F.linear(a, group.always.dense()) + group.bias
+    logits = logits + sum(F.linear(a * mask, weights[:, k]) for k, mask in enumerate(masks))
+    logp, logq = F.linear(theirs, dense.head_weight).log_softmax(-1), logits.log_softmax(-1)
+    wanted = (logp.exp() * (logp - logq)).sum(-1).mean()
+    wanted.backward()
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
     assert torch.allclose(ours.grad, again.grad, atol=1e-6)
 
 

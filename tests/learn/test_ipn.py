@@ -11,7 +11,7 @@ from lowtide.errors import LowtideError
 from lowtide.learn.always import Always
 from lowtide.learn.graded import GradedGroup
 from lowtide.learn.ipn import LIMIT, At, Ipn
-from lowtide.learn.ipn_export import SAMPLE, _stride, as_stored
+from lowtide.learn.ipn_export import SAMPLE, _stride, _trained_budgets, as_stored
 from lowtide.learn.ipn_loss import Prices, loss_of, mean_open, unrest
 from lowtide.learn.sensitivity import Sensitivities, cost, fit_probes
 
@@ -90,6 +90,25 @@ def test_corrections_stop_at_the_trained_range():
         assert torch.allclose(moved, at_edge) and ipn.gain(name, bits) == ipn.gain(name, edge)
     inner = ipn.theta(name, 2.5) - ipn._between(ipn.tables[name], 2.5)
     assert not torch.allclose(inner, at_edge)
+
+
+def test_nothing_that_learns_moves_the_heads_thresholds():
+    ipn = shake(make())
+    with torch.no_grad():
+        ipn.level.copy_(torch.tensor([0.5, 0.2]))
+    at = At(ipn, 2.5, shift=0.7, keep_margins=True, keep_density=True)
+    score, theta = at.scores("head", torch.ones(2, 6))
+    assert torch.equal(theta, torch.tensor([0.5, 1.5, 2.5])) and score.shape == (2, 6)
+    assert not at.margins and not at.density  # which count towards the budget
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "places"), [(2, 4, [0, 1, 2]), (2.5, 3.2, [0, 1, 2]), (3, 4, [1, 2]), (4, 6, [2])]
+)
+def test_thresholds_are_solved_for_where_the_runtime_interpolates(low, high, places):
+    ipn = make()
+    ipn.low, ipn.high = low, high
+    assert _trained_budgets(ipn) == places
 
 
 def test_parts_that_do_not_learn_are_not_there():

@@ -205,7 +205,6 @@ class GradedModel:
         self.codes = self.codes if train_weights else {}
         self.codes.pop("head", None)
         self.last = nn.ParameterList([nn.Parameter(stored["model.norm.weight"], requires_grad=train_weights)])
-        self.head, self.head_bias = self._full_head()
         table = "head" if self.config.tied else "embed"
         self.embedding = torch.from_numpy(artifact.groups[table].lookup())
         body = [g for name, g in self.groups.items() if name != "head"]
@@ -227,13 +226,6 @@ class GradedModel:
 
     def _added(self, index: int) -> None:
         """A decoder block is complete."""
-
-    def _full_head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head read in full, bfloat16 [V, D], and its bias f32 [V]; its masks are left to the engine."""
-        group = self.groups["head"]
-        whole = group.planes.view(group.out, -1, group.inputs).sum(1, dtype=torch.float32)
-        whole.mul_(group.cols).mul_(group.rows[:, None]).add_(group.always.dense())
-        return whole.to(HALF), group.bias - whole @ group.mean
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -321,44 +313,6 @@ def _group(group: GroupTensors, code: Code) -> GradedGroup:
         mean=torch.from_numpy(group.mean.astype(np.float32)),
         side_bits=8 * group.side_bytes(),
     )
-
-
-class _HeadKL(torch.autograd.Function):
-    """Mean over tokens of KL(dense || ours), logits never kept: forward and gradient in one pass over chunks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, model: GradedModel, dense_head: torch.Tensor
-    ) -> Any:
-        grad, total = torch.empty_like(ours), 0.0
-        for start in range(0, len(ours), 64):
-            part = slice(start, start + 64)
-            wanted = F.linear(theirs[part].to(HALF), dense_head).float()
-            given = F.linear(ours[part].to(HALF), model.head).float().add_(model.head_bias)
-            p, q = wanted.softmax(-1), given.softmax(-1)
-            norms = _log_norm(wanted, p) - _log_norm(given, q)
-            total += float(wanted.sub_(given).mul_(p).sum()) - float(norms.sum())
-            grad[part] = q.sub_(p).to(HALF) @ model.head
-        ctx.save_for_backward(grad / len(ours))
-        return torch.tensor(total / len(ours))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.saved_tensors[0] * grads[0], None, None, None
-
-
-def _log_norm(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """log sum exp of logits [T, V], whose softmax p is there already: read off the likeliest."""
-    largest, index = logits.max(-1)
-    return largest - p.gather(1, index[:, None])[:, 0].log()
-
-
-def head_kl(model: GradedModel, ours: torch.Tensor, theirs: torch.Tensor, dense_head: torch.Tensor) -> torch.Tensor:
-    """Distillation loss, nats per token: ours, theirs f32 [..., D], what the heads read; dense_head bfloat16 [V, D]."""
-    width = ours.shape[-1]
-    result = _HeadKL.apply(ours.reshape(-1, width), theirs.reshape(-1, width), model, dense_head)
-    assert isinstance(result, torch.Tensor)
-    return result
 
 
 def budget_tables(artifact: Artifact, policy: str = "channel-norm") -> tuple[list[float], Mapping[str, torch.Tensor]]:

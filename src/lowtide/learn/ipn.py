@@ -119,8 +119,11 @@ class Ipn(nn.Module):
         return self.start[name] if learned is None else self.start[name] + learned
 
     def theta(self, name: str, bits: float) -> torch.Tensor:
-        """Thresholds f32 [S] in log2 at a budget."""
-        base = self._between(self.tables[name], bits) + self.level[0] + self.level[1] * self.place(bits)
+        """Thresholds f32 [S] in log2 at a budget. The head's are not learned: budgets leave it out."""
+        base = self._between(self.tables[name], bits)
+        if name == "head":
+            return base
+        base = base + self.level[0] + self.level[1] * self.place(bits)
         delta, slope = self.get(name, "delta"), self.get(name, "slope")
         if delta is None or slope is None:
             return base
@@ -226,7 +229,10 @@ class At:
             score = score + (ipn.gain(name, self.bits) * offset)[:, None]
         if not bool(ipn.open[name].all()):
             score = score.masked_fill(ipn.open[name] == 0, -torch.inf)
-        theta = ipn.theta(name, self.bits) + self.shift
+        theta = ipn.theta(name, self.bits)
+        if name == "head":
+            return score, theta
+        theta = theta + self.shift
         if self.keep_margins:
             self.margins[name] = score[None] - theta[:, None, None]
         if self.keep_density:

@@ -1,7 +1,7 @@
 """From a trained network to an artifact: stored dtypes, thresholds for every budget, and trained weights' digits.
 
-Thresholds are set last and on what is stored: for each budget of the artifact's grid one shift of all of them is
-solved for, so that the bits read on calibration text, side data counted, are the budget.
+Thresholds are set last and on what is stored: for each budget that was trained for one shift of all of them is solved
+for, so that the bits read on calibration text, side data counted, are the budget.
 """
 
 from __future__ import annotations
@@ -97,28 +97,37 @@ def take_stored(ipn: Ipn, artifact: Artifact) -> None:
 @torch.no_grad()
 def thresholds(
     model: GradedModel, ipn: Ipn, ids: torch.Tensor, report: Callable[[int, int], None] = lambda *_: None
-) -> tuple[dict[str, np.ndarray], list[float]]:  # type: ignore[type-arg]
-    """f32 [B, S] for every group on the text ids i64 [B, N], and the bits that each budget then reads there."""
-    tables: dict[str, list[torch.Tensor]] = {name: [] for name in ipn.start}
-    reads, shift = [], 0.0
-    for index, bits in enumerate(ipn.grid):
-        full = index == len(ipn.grid) - 1
-        if not full:
-            shift, read = _shift_for(model, ipn, ids, bits, shift)
-            reads.append(read)
-        for name, rows in tables.items():
-            base = ipn.tables[name][index]
-            if full:  # everything, whatever the learned importances and offsets are
-                rows.append(torch.full_like(base, LOWEST))
-            else:
-                rows.append(base if name == "head" else ipn.theta(name, bits) + shift)
-        report(index + 1, len(ipn.grid))
+) -> tuple[dict[str, np.ndarray], dict[float, float]]:  # type: ignore[type-arg]
+    """f32 [B, S] for every group on the text ids i64 [B, N], and the bits that budgets then read there.
+
+    Solved for are the budgets that the runtime interpolates between, which clamps what is asked for to what was trained
+    for. Others get the shift of the nearest, and the last one reads everything whatever the network says.
+    """
+    used = _trained_budgets(ipn)
+    shifts: dict[int, float] = {}
+    reads: dict[float, float] = {}
+    for done, index in enumerate(used):
+        bits, near = ipn.grid[index], shifts[used[done - 1]] if done else 0.0
+        shifts[index], reads[bits] = _shift_for(model, ipn, ids, bits, near)
+        report(done + 1, len(used))
     found = {}
-    for name, rows in tables.items():
-        log = torch.stack(rows)
+    for name in ipn.start:
+        rows = [
+            ipn.theta(name, bits) + (0.0 if name == "head" else shifts[min(max(index, used[0]), used[-1])])
+            for index, bits in enumerate(ipn.grid[:-1])
+        ]
+        log = torch.stack([*rows, torch.full_like(ipn.tables[name][-1], LOWEST)])
         never = ipn.tables[name] >= 39.9  # infinite, before it became finite for learning
         found[name] = torch.where(never, torch.inf, log.exp2()).float().numpy()
     return found, reads
+
+
+def _trained_budgets(ipn: Ipn) -> list[int]:
+    """Places in the grid, the last one apart, of the budgets trained for and of the next beyond either end."""
+    last = len(ipn.grid) - 2
+    first = max(i for i, bits in enumerate(ipn.grid) if bits <= ipn.low or i == 0)
+    final = min(i for i, bits in enumerate(ipn.grid) if bits >= ipn.high or i == last)
+    return list(range(min(first, last), min(final, last) + 1))
 
 
 def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shift: float) -> tuple[float, float]:

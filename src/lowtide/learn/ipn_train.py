@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from lowtide.errors import LowtideError
-from lowtide.learn.graded import HALF, GradedModel, head_kl
+from lowtide.learn.digits import HALF
+from lowtide.learn.graded import GradedModel
+from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import ELASTICITY, Prices, loss_of
 from lowtide.learn.level import densities, hold, project
@@ -170,7 +172,7 @@ class Learner:
             draw.manual_seed((team.rank << 40) + o.seed * 1_000_003 + number)
         self.model.refresh()
         hidden, read = self.model.hidden(ids, at)
-        kl, read = team.level(head_kl(self.model, hidden, theirs, self.dense_head)), team.level(read)
+        kl, read = team.level(head_kl(self.model, hidden, theirs, self.dense_head, at)), team.level(read)
         loss = loss_of(o.prices, self.model, kl, read, bits, at, draw)
         figures = {"bits": bits, "read": float(read.detach().mean()), "kl": float(kl.detach())}
         figures["tokens"] = o.windows * ids.shape[1]
@@ -207,8 +209,10 @@ class Learner:
         for bits in budgets:
             found = torch.zeros(2)
             if self._held_hidden is not None:
-                hidden, used = self.model.hidden(held, At(self.ipn, bits))
-                found = torch.stack([used.mean(), head_kl(self.model, hidden, self._held_hidden, self.dense_head)])
+                at = At(self.ipn, bits)
+                hidden, used = self.model.hidden(held, at)
+                kl = head_kl(self.model, hidden, self._held_hidden, self.dense_head, at)
+                found = torch.stack([used.mean(), kl])
             read, kl = team.reduce_mean(found * part).tolist()
             points.append({"bits": bits, "read": read, "kl": kl})
         values = [math.log(max(p["kl"], 1e-8)) + ELASTICITY * (p["read"] - p["bits"]) for p in points]

@@ -354,5 +354,5 @@ def _finish(
         "trained_tokens": run.tokens,
         "diverged": bool(run.history[-1].get("diverged")),
         "history": run.history,
-        "budget_error": max(abs(r / b - 1) for r, b in zip(reads, ipn.grid, strict=False)),
+        "budget_error": max(abs(read / bits - 1) for bits, read in reads.items()),
     }
