@@ -127,8 +127,10 @@ def cache_bytes(artifact: Artifact, cache_bits: int) -> int:
 
 
 def greedy_changes(artifact: Artifact, options: argparse.Namespace, bits: float, head: tuple[float, float]) -> int:
-    """Tokens of the text after which another token is the likeliest when the head is read twice."""
+    """Tokens of the text after which another token is the likeliest when the head is read so."""
     once = policy_params(artifact, options.policy, bits)
+    other = policy_params(artifact, options.policy, bits, head)
+    reading = {"head_offset": other.head_offset, "head_margin": other.head_margin}
     controller = BudgetController(once, bits, body_weights(artifact), body_side_bits(artifact, once.rule))
     tokenizer = load_tokenizer(artifact)
     ids = token_windows(
@@ -143,10 +145,10 @@ def greedy_changes(artifact: Artifact, options: argparse.Namespace, bits: float,
     for row in ids.tolist():
         for position, token in enumerate(row):
             params = controller.params
-            twice = dataclasses.replace(params, head_offset=head[0], head_margin=head[1])
-            coarse, _ = engine.decode(token, position, twice)
+            thresholds = np.concatenate([params.thresholds[:-1], other.thresholds[-1:]])
+            so, _ = engine.decode(token, position, dataclasses.replace(params, thresholds=thresholds, **reading))
             fine, stats = engine.decode(token, position, params)
-            changed += int(np.argmax(coarse) != np.argmax(fine))
+            changed += int(np.argmax(so) != np.argmax(fine))
             controller.update(stats.body_bits)
     engine.close()
     return changed

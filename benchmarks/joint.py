@@ -7,7 +7,7 @@
 The curve is the training run's, on its held-out windows (bits are near the budget there, not on it, so the KL at the
 budget is estimated with the measured slope of log KL); the table is the engine's, every byte counted, untrained and
 trained at equal bits on windows that neither training nor calibration saw. `slices` leaves out what every token reads
-whatever the mask is.
+whatever the mask is; `total` has the output head's bits as well.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import lowtide
 from lowtide.errors import LowtideError
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn.ipn_loss import ELASTICITY
-from lowtide.runtime.budget import body_side_bits, body_weights
+from lowtide.runtime.budget import body_side_bits, body_weights, parse_head
 
-COLUMNS = ("artifact", "rule", "bits", "slices", "KL", "perplexity")
+COLUMNS = ("artifact", "rule", "head", "bits", "slices", "total", "KL", "perplexity")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="of --text")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--bits", default="2,2.5,3,3.5", help="budgets in bits read per body weight")
+    parser.add_argument("--head", default="once", help="ways to read it, as for `lowtide generate`, separated by ;")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, default=Path("build/dynamic"), help="where sampled windows are kept")
     parser.add_argument("--label", help="name of the results file; the model's by default")
@@ -71,19 +72,22 @@ def rows(options: argparse.Namespace, ids: np.ndarray[Any, Any]) -> list[dict[st
         artifact = open_artifact(path)
         policy = artifact.manifest.policies[0]
         side = side_of(artifact, policy)
-        result = lowtide.evaluate(
-            artifact,
-            options.model,
-            ids,
-            windows=len(ids),
-            window=ids.shape[1],
-            bits=budgets(options.bits),
-            policy=policy,
-            threads=options.threads,
-        )
-        for point in result["points"]:
-            about = {"artifact": Path(path).name, "rule": policy, "slices": point["bits_read_body"] - side}
-            found.append(about | {k: point[k] for k in ("bits", "bits_read_body", "bits_read_total", "kl", "ppl")})
+        for head in options.head.split(";"):
+            result = lowtide.evaluate(
+                artifact,
+                options.model,
+                ids,
+                windows=len(ids),
+                window=ids.shape[1],
+                bits=budgets(options.bits),
+                policy=policy,
+                threads=options.threads,
+                head=parse_head(head),
+            )
+            for point in result["points"]:
+                about = {"artifact": Path(path).name, "rule": policy, "head": head}
+                about["slices"] = point["bits_read_body"] - side
+                found.append(about | {k: point[k] for k in ("bits", "bits_read_body", "bits_read_total", "kl", "ppl")})
     return found
 
 
@@ -116,8 +120,10 @@ def main(argv: list[str] | None = None) -> int:
         (
             r["artifact"],
             r["rule"],
+            r["head"],
             f"{r['bits_read_body']:.3f}",
             f"{r['slices']:.3f}",
+            f"{r['bits_read_total']:.3f}",
             f"{r['kl']:.4f}",
             f"{r['ppl']:.3f}",
         )

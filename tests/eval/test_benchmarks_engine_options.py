@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from support.twin import make_twins  # noqa: E402
 
 from lowtide.eval import evaluate  # noqa: E402
+from lowtide.runtime.budget import FULL_HEAD  # noqa: E402
 
 TEXT = "the end of the tide is there and then another one in the hand " * 12
 
@@ -29,10 +30,12 @@ def run(load, files, *more):
 
 
 def test_every_option_against_the_default(load, files, tmp_path, capsys):
-    assert run(load, files, "--bits", "4.5", "--heads", "2,4;6,0", "--json") == 0
+    assert run(load, files, "--bits", "4.5", "--heads", "2,4;6,0;full", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(r["cache_bits"], r["head"]) for r in rows] == [(16, "once"), (8, "once"), (16, "2,4"), (16, "6,0")]
-    for row, options in zip(rows, ({}, {"cache_bits": 8}, {"head": (2.0, 4.0)}, {"head": (6.0, 0.0)}), strict=True):
+    heads = [(16, "once"), (8, "once"), (16, "2,4"), (16, "6,0"), (16, "full")]
+    assert [(r["cache_bits"], r["head"]) for r in rows] == heads
+    given = ({}, {"cache_bits": 8}, {"head": (2.0, 4.0)}, {"head": (6.0, 0.0)}, {"head": FULL_HEAD})
+    for row, options in zip(rows, given, strict=True):
         want = evaluate(
             files / "plain",
             files / "model",
@@ -46,10 +49,11 @@ def test_every_option_against_the_default(load, files, tmp_path, capsys):
         )["points"][0]
         for key in ("bits_read_body", "bits_read_total", "kl", "ppl"):
             assert row[key] == pytest.approx(want[key], rel=1e-5), (row, key)
-    once, eight, wide, narrow = rows
+    once, eight, wide, narrow, full = rows
     assert eight["cache_bytes"] < once["cache_bytes"] and eight["kl"] != once["kl"]
     assert once["greedy_changed"] is None and 0 <= wide["greedy_changed"] <= narrow["greedy_changed"] <= 24
-    assert narrow["bits_read_total"] < once["bits_read_total"]
+    assert narrow["bits_read_total"] < once["bits_read_total"] < full["bits_read_total"]
+    assert full["bits_read_body"] == pytest.approx(once["bits_read_body"], rel=1e-6) and full["kl"] < once["kl"]
     assert json.loads((tmp_path / "results" / "engine-options-tiny.json").read_text())["rows"] == rows
 
 

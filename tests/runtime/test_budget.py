@@ -9,6 +9,7 @@ from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels.types import PolicyParams
 from lowtide.runtime.budget import (
+    FULL_HEAD,
     BudgetController,
     _warn,
     body_side_bits,
@@ -33,6 +34,7 @@ def stored(artifact, policy: int, budget: int) -> np.ndarray:
 def test_parse_head():
     assert parse_head(" Once ") == (0, 0)
     assert parse_head("2.5,4") == (2.5, 4)
+    assert parse_head("full ") == FULL_HEAD
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,16 @@ def test_at_a_grid_point_the_stored_thresholds_come_out(artifact):
             assert params.rule == name.partition(":")[0]
             assert params.log2_offset == 0
             np.testing.assert_array_equal(params.thresholds, stored(artifact, policy, budget))
+
+
+def test_a_full_head_is_that_of_the_last_budget(artifact):
+    for name in POLICIES:
+        once, full = policy_params(artifact, name, 4.25), policy_params(artifact, name, 4.25, FULL_HEAD)
+        last = policy_params(artifact, name, artifact.manifest.budgets[-1])
+        np.testing.assert_array_equal(full.thresholds[:-1], once.thresholds[:-1])
+        np.testing.assert_array_equal(full.thresholds[-1], last.thresholds[-1])
+        assert full.head_offset == 0 and full.head_margin == 0
+        assert not np.array_equal(full.thresholds[-1], once.thresholds[-1])
 
 
 def test_between_grid_points_scores_mix_in_log2_and_counts_linearly(artifact):

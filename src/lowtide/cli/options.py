@@ -24,7 +24,8 @@ Head: TypeAlias = Annotated[
     typer.Option(
         metavar="OFFSET,MARGIN",
         help="Read the output head twice: all rows with thresholds 2^OFFSET higher, then those within MARGIN nats of "
-        'the likeliest as the budget says (2.5,4 reads half as much). "once" reads all as the budget says.',
+        'the likeliest as the budget says (2.5,4 reads half as much). "once" reads all as the budget says, "full" '
+        "all of it whatever the budget is.",
     ),
 ]
 Threads: TypeAlias = Annotated[int | None, typer.Option("--threads", "-t", help="Worker threads. [default: all cores]")]

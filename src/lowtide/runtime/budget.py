@@ -30,6 +30,8 @@ GAIN = 0.02
 FIRST_GAIN = 0.5
 """The gain of token t is at least FIRST_GAIN / t: half of the errors' running mean, so short texts settle, too."""
 
+FULL_HEAD = (-math.inf, 0.0)
+"""How the head is read: once, and all of it whatever the budget is."""
 MAX_OFFSET = 8.0
 """The controller never scales thresholds by more than 2^8: there every channel is on or off anyway."""
 
@@ -48,21 +50,23 @@ def parse_bits(text: str) -> float | None:
 
 
 def parse_head(text: str) -> tuple[float, float]:
-    """A `--head` value, "once" or "OFFSET,MARGIN": (log2 offset of the first pass, margin in nats), (0, 0) for once.
+    """A `--head` value: (log2 offset of the first pass, margin in nats) for "OFFSET,MARGIN", (0, 0) for "once", and
+    FULL_HEAD for "full".
 
     Raises:
-        LowtideError: neither of them.
+        LowtideError: none of them.
     """
-    if text.strip().lower() == "once":
-        return 0.0, 0.0
+    word = text.strip().lower()
+    if word in ("once", "full"):
+        return FULL_HEAD if word == "full" else (0.0, 0.0)
     try:
         offset, margin = (float(part) for part in text.split(","))
     except ValueError:
         offset = margin = float("nan")
     if not (0 < offset <= MAX_OFFSET and 0 <= margin < math.inf):
         raise LowtideError(
-            f'--head {text}: give "once", or OFFSET,MARGIN such as 2.5,4: log2 of how much higher the first pass\'s '
-            f"thresholds are, up to {MAX_OFFSET:g}, and nats"
+            f'--head {text}: give "once", "full", or OFFSET,MARGIN such as 2.5,4: log2 of how much higher the first '
+            f"pass's thresholds are, up to {MAX_OFFSET:g}, and nats"
         )
     return offset, margin
 
@@ -121,6 +125,8 @@ def policy_params(
     fraction = (bits - grid[low]) / (grid[high] - grid[low]) if high > low else 1.0
     tables = [group.thresholds[index] for group in groups]
     rows = [rule.interpolate(table[low], table[high], fraction) for table in tables]
+    if head == FULL_HEAD:
+        rows[-1], head = tables[-1][-1], (0.0, 0.0)  # the grid's last budget reads everything
     gains = [0.0 if (g := _gain(group)) is None else g[low] + (g[high] - g[low]) * fraction for group in groups]
     return PolicyParams(
         rule.name,
