@@ -27,6 +27,7 @@ test: lint types pytest
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: $(VENV)/.tools
 	$(BIN)/mypy

@@ -32,7 +32,7 @@ TOKENS = 2048
 """Tokens that thresholds are set on, in whole windows."""
 SAMPLE = 1 << 18
 """Margins of a group that are sorted."""
-ROUNDS, NEAR = 3, 1e-3
+ROUNDS, TOLERANCE = 3, 1e-3
 """Passes over them for each budget, at most, and how near to the budget their bits must come, relative: a shift changes
 the inputs of the layers behind a little."""
 
@@ -137,7 +137,7 @@ def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shi
         at = At(ipn, bits, shift, keep_margins=True)
         read = float(model.hidden(ids, at)[1].mean())
         tried.append((shift, read))
-        if abs(read - bits) < NEAR * bits:
+        if abs(read - bits) < TOLERANCE * bits:
             break
         shift += _further(model, at, bits)
     return min(tried, key=lambda each: abs(each[1] - bits))

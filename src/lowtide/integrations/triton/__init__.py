@@ -1,5 +1,7 @@
 """Graded linear layers on a GPU. Needs torch, and Triton (which comes with torch's CUDA builds) for the fast backend.
 
+For example:
+
     from lowtide.integrations.triton import GradedGroup
 
     group = GradedGroup(artifact.groups["layers.0.qkv"], "cuda")
