@@ -24,7 +24,7 @@ from lowtide.kernels.reference import ReferenceEngine
 from lowtide.learn import ipn_train, run_ipn
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn_loss import Prices
-from lowtide.learn.ipn_train import IpnOptions
+from lowtide.learn.ipn_train import IpnOptions, Learner
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 from lowtide.runtime.budget import policy_params
@@ -353,3 +353,13 @@ def test_the_network_learns_more_slowly_beside_weights(source, tmp_path, monkeyp
     alone, beside = (set(r) for r in rates)
     assert {FAST.rate, FAST.probe_rate} == alone
     assert not alone & beside and {FAST.rate * 0.2, FAST.probe_rate * 0.2} <= beside
+
+
+@pytest.mark.parametrize(("count", "windows"), [(10, 3), (4, 6), (7, 7), (5, 1)])
+def test_all_windows_are_seen_before_any_comes_again(count, windows):
+    learner = Learner.__new__(Learner)
+    learner.ids, learner.options = torch.zeros(count + 1, 8), IpnOptions(windows=windows, seed=3)  # one is held out
+    rows = torch.cat([learner._rows(number) for number in range(4 * count)])
+    turns = rows[: len(rows) // count * count].view(-1, count)
+    assert torch.equal(turns.sort(1).values, torch.arange(count).expand_as(turns))
+    assert any(not torch.equal(turns[0], turn) for turn in turns[1:])

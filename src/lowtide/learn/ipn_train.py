@@ -156,11 +156,23 @@ class Learner:
                 self._states[row] = found
         return found
 
+    def _rows(self, number: int) -> torch.Tensor:
+        """A step's windows, i64 [windows]: the whole text in a random order before any of it comes again, for what is
+        seen twice teaches less."""
+        count, first = len(self.ids) - self.held, number * self.options.windows
+        places = torch.arange(first, first + self.options.windows)
+        rows = torch.empty_like(places)
+        for turn in range(first // count, int(places[-1]) // count + 1):
+            draw = torch.Generator().manual_seed((1 << 50) + self.options.seed * 1_000_003 + turn)
+            now = places // count == turn
+            rows[now] = torch.randperm(count, generator=draw)[places[now] % count]
+        return rows
+
     def step(self, number: int, optimiser: torch.optim.Optimizer) -> dict[str, float]:
         """One step; returns its budget, bits and KL, over all processes. Not finite: nothing is changed."""
         o, team = self.options, self.parallel
         draw = torch.Generator().manual_seed(o.seed * 1_000_003 + number)
-        rows = torch.randint(0, len(self.ids) - self.held, (o.windows,), generator=draw)
+        rows = self._rows(number)
         low, high = o.bits
         at_low, spread = torch.rand(2, generator=draw).tolist()
         bits = low if at_low < o.focus else low + (high - low) * spread
