@@ -1,8 +1,9 @@
-"""benchmarks/rule_cost.py with a stand-in for perf: its arithmetic, its rows, and what it says where perf is not."""
+"""benchmarks/rule_cost.py and where.py with a stand-in for perf: arithmetic, rows, and what they say without it."""
 
 import json
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from support.tiny import make_artifact
@@ -137,3 +138,65 @@ def test_without_perf_it_says_what_is_missing(load, perf, arguments, monkeypatch
     perf(refusal="Access to performance monitoring is limited")
     assert load("rule_cost").main(arguments) == 2
     assert "perf: Access to performance monitoring is limited; install it" in capsys.readouterr().err
+
+
+# ---- where.py, which samples the same way ----
+
+
+@pytest.mark.parametrize(
+    ("symbol", "part"),
+    [
+        ("lowtide_avx512::wide_tile", "product"),
+        ("lowtide_avx2::tiles", "product"),
+        ("lowtide_avx2::write_tiles", "scales, outliers"),
+        ("lowtide_avx512::select", "masks"),
+        ("lowtide::Engine::guess", "masks"),
+        ("__memset_avx512_unaligned_erms", "masks"),
+        ("lowtide_avx512::probe_rows<4>", "network"),
+        ("lowtide_avx512::attend<3, signed char>", "attention"),
+        ("lowtide_avx512::rmsnorm", "norms, gates"),
+        ("lowtide::Pool::barrier", "waiting"),
+        ("_PyEval_EvalFrameDefault", "other"),
+    ],
+)
+def test_where_puts_a_function_where_it_belongs(load, symbol, part):
+    found = load("where").parts_of(f"1;1;[.] lowtide_x::tiles\n999;1;[.] {symbol}")
+    assert found[part] > 0.99 and sum(found.values()) == pytest.approx(1)
+
+
+def test_where_counts_every_byte_once(load, perf, arguments, capsys):
+    perf()
+    given = [
+        arguments[0],
+        "--bits",
+        "4.5",
+        "--policy",
+        "ipn",
+        "--threads",
+        "1,2",
+        "--contexts",
+        "4,16",
+        "--tokens",
+        "6",
+    ]
+    assert load("where").main([*given, "--seconds", "0.01", "--text", arguments[arguments.index("--text") + 1]]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path(out.strip().splitlines()[-1]).read_text())
+    assert [(r["threads"], r["context"]) for r in result["rows"]] == [(1, 4), (1, 16), (2, 4), (2, 16)]
+    assert all(value >= 0 for value in result["bytes"].values())
+    # the bits that the controller holds are those of this text: near the budget, and the parts are the engine's sum
+    assert sum(result["bytes"].values()) == pytest.approx(result["rows"][-1]["bytes_per_token"], rel=0.1)
+
+
+def test_where_tells_bad_input_in_one_line(load, arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no perf
+    where = load("where")
+    given = [arguments[0], "--bits", "4.5", "--contexts", "4", "--tokens", "4", "--threads", "1"]
+    for more, said in (
+        ([], "perf: not found"),
+        (["--head", "twice"], "--head twice"),
+        (["--text", "nowhere"], "nowhere"),
+    ):
+        assert where.main([*given, *more]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("where: error: ") and said in line

@@ -1,7 +1,6 @@
 """The door to liblowtide: the native decode engine behind a ctypes interface (csrc/lowtide.h).
 
-One call decodes one token, or one of each of several texts, so what ctypes costs per call (about 2 microseconds) does
-not show.
+One call decodes one token, or one of each of several texts.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from lowtide.errors import LowtideError
 from lowtide.format.groups import LINEAR_FIELDS
 from lowtide.kernels import library
+from lowtide.kernels.call import Call
 from lowtide.kernels.sequences import Step, check_round
 from lowtide.kernels.types import DecodeStats, PolicyParams
 
@@ -31,7 +31,6 @@ F32 = NDArray[np.float32]
 SHORT_PROMPT = 2
 MAX_CHANNELS = 65536
 """Sums of digits times coefficients stay within 32 bits, and byte offsets too (with layers below 4 GiB)."""
-RULES = {"dense": 0, "channel-norm": 1, "channel-abs": 2, "gate": 3, "topk": 4, "statistical-topk": 5, "ipn": 6}
 
 _pointer = ctypes.c_void_p
 
@@ -60,6 +59,7 @@ class TokenSequence:
             raise LowtideError(
                 f"not enough memory for a KV cache of {engine.max_context} tokens: lower --context or --parallel"
             )
+        self.call = Call(self.handle, engine.groups, engine.has_ipn)
 
     def decode(self, token: int, pos: int, policy: PolicyParams, want_logits: bool = True) -> tuple[F32, DecodeStats]:
         """One token at position pos under a policy.
@@ -70,7 +70,7 @@ class TokenSequence:
         Raises:
             LowtideError: token or position out of range, or an unknown rule.
         """
-        return self._engine.decode_round([Step(self, token, pos, policy, want_logits)])[0]
+        return self._engine.decode_sequence(self, token, pos, policy, want_logits)
 
     def prefill(self, tokens: Sequence[int] | NDArray[np.int32], pos: int, all_logits: bool = False) -> F32:
         """Given tokens from position pos on, all slices read: logits f32 [V] of the last, or [n, V] of all.
@@ -188,25 +188,43 @@ class Engine:
         """
         check_round(steps)
         for step in steps:
-            self._check(step.sequence, np.asarray([step.token]), step.pos)
-        policies = [self._policy(step.policy) for step in steps]
+            self._check(step.sequence, step.token, step.pos)
         logits = [np.empty(self.vocab_size if step.want_logits else 0, np.float32) for step in steps]
-        stats = (library.Stats * len(steps))()
-        table = (library.Step * len(steps))()
-        for i, step in enumerate(steps):
-            to = logits[i].ctypes.data if step.want_logits else None
-            params, read = ctypes.pointer(policies[i][0]), ctypes.pointer(stats[i])
-            table[i] = library.Step(step.sequence.handle, step.token, step.pos, params, to, read)
+        calls = [step.sequence.call for step in steps]
         with self.lock:
+            for step, call, row in zip(steps, calls, logits, strict=True):
+                self._fill(call, step.token, step.pos, step.policy, row)
+            table = (library.Step * len(steps))(*(call.step for call in calls))
             library.library().lt_decode(self.handle, table, len(steps))
-        return [(row, _stats_of(read)) for row, read in zip(logits, stats, strict=True)]
+            return [(row, call.read()) for row, call in zip(logits, calls, strict=True)]
+
+    def decode_sequence(
+        self, sequence: TokenSequence, token: int, pos: int, policy: PolicyParams, want_logits: bool
+    ) -> tuple[F32, DecodeStats]:
+        """`TokenSequence.decode`: a round of one, with as little around the call as can be."""
+        self._check(sequence, token, pos)
+        logits = np.empty(self.vocab_size if want_logits else 0, np.float32)
+        with self.lock:
+            call = sequence.call
+            self._fill(call, token, pos, policy, logits)
+            library.library().lt_decode(self.handle, ctypes.byref(call.step), 1)
+            return logits, call.read()
+
+    @staticmethod
+    def _fill(call: Call, token: int, pos: int, policy: PolicyParams, logits: F32) -> None:
+        call.fill(policy)
+        step = call.step
+        step.token, step.position, step.logits = token, pos, logits.ctypes.data if len(logits) else None
 
     def prefill_sequence(
         self, sequence: TokenSequence, tokens: Sequence[int] | NDArray[np.int32], pos: int, all_logits: bool
     ) -> F32:
         """`TokenSequence.prefill`."""
         ids = np.ascontiguousarray(tokens, np.int32)
-        self._check(sequence, ids, pos)
+        if len(ids) == 0:
+            raise LowtideError(f"tokens must be 1 or more ids from 0 to {self.vocab_size - 1}")
+        for extreme in (ids.min(), ids.max()):
+            self._check(sequence, int(extreme), pos, len(ids))
         if len(ids) <= SHORT_PROMPT:
             last, dense = len(ids) - 1, self._dense
             rows = [sequence.decode(int(t), pos + i, dense, all_logits or i == last)[0] for i, t in enumerate(ids)]
@@ -223,7 +241,7 @@ class Engine:
     def sequence_bits(self, sequence: TokenSequence) -> NDArray[np.int64]:
         """`TokenSequence.group_bits`."""
         self._check_open(sequence)
-        out = np.zeros(len(self._ins) - self._untied, np.int64)
+        out = np.zeros(self.groups, np.int64)
         with self.lock:
             library.library().lt_group_bits(sequence.handle, out.ctypes.data)
         return out
@@ -235,18 +253,17 @@ class Engine:
         """
         self._check_open(self._first)
         x = np.ascontiguousarray(x, np.float32)
-        if not 0 <= index < len(self._ins) - self._untied:
-            raise ValueError(f"group {index}: there are {len(self._ins) - self._untied} with thresholds")
+        if not 0 <= index < self.groups:
+            raise ValueError(f"group {index}: there are {self.groups} with thresholds")
         if x.shape != (self._ins[index],):
             raise ValueError(f"x must have shape ({self._ins[index]},), not {x.shape}")
-        params, keep = self._policy(policy)
         outs = [np.empty(n, np.float32) for n in self._outs[index]]
         pointers = (_pointer * len(outs))(*(o.ctypes.data for o in outs))
         with self.lock:
+            params = self._first.call.fill(policy)
             bits = library.library().lt_group_product(
                 self.handle, self._first.handle, index, x.ctypes.data, ctypes.byref(params), pointers
             )
-        del keep
         return outs, bits
 
     def read_bandwidth(self, size: int = 256 << 20, repeats: int = 5) -> float:
@@ -272,44 +289,21 @@ class Engine:
         if sequence.lock is not self.lock:
             raise LowtideError("the sequence belongs to another engine")
 
-    def _check(self, sequence: TokenSequence, tokens: NDArray[Any], pos: int) -> None:
+    def _check(self, sequence: TokenSequence, token: int, pos: int, count: int = 1) -> None:
         self._check_open(sequence)
-        if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= self.vocab_size:
+        if not 0 <= token < self.vocab_size:
             raise LowtideError(f"tokens must be 1 or more ids from 0 to {self.vocab_size - 1}")
-        if pos < 0 or pos + len(tokens) > self.max_context:
+        if pos < 0 or pos + count > self.max_context:
             raise LowtideError(
-                f"position {pos + len(tokens) - 1} is outside the context of {self.max_context}: "
+                f"position {pos + count - 1} is outside the context of {self.max_context}: "
                 "shorten the text or raise --context"
             )
-
-    def _policy(self, policy: PolicyParams) -> tuple[library.Policy, list[NDArray[np.float32]]]:
-        if policy.rule not in RULES:
-            raise LowtideError(f"unknown mask rule {policy.rule!r}: the native engine knows {', '.join(sorted(RULES))}")
-        groups = len(self._ins) - self._untied
-        thresholds = np.asarray(policy.thresholds, np.float32)
-        if thresholds.ndim != 2 or thresholds.shape[0] != groups or thresholds.shape[1] > library.MAX_SLICES:
-            raise LowtideError(f"thresholds must have shape ({groups}, slices), not {thresholds.shape}")
-        params = np.full((groups, library.MAX_SLICES), np.inf, np.float32)
-        params[:, : thresholds.shape[1]] = thresholds
-        gains = np.zeros(groups, np.float32)
-        if policy.rule == "ipn":
-            if not self._ipn:
-                raise LowtideError(
-                    "rule ipn: the artifact has no importance prediction network; choose another --policy"
-                )
-            if policy.gains is not None:
-                gains = np.ascontiguousarray(policy.gains, np.float32)
-            if gains.shape != (groups,):
-                raise LowtideError(f"gains must have shape ({groups},), not {gains.shape}")
-        keep = [params, gains]
-        fields = (params.ctypes.data, policy.log2_offset, gains.ctypes.data, policy.head_offset, policy.head_margin)
-        return library.Policy(RULES[policy.rule], *fields), keep
 
     def _describe(self, artifact: Artifact) -> library.Model:
         c = artifact.config
         groups = list(artifact.groups.values())
-        self._ipn = artifact.manifest.ipn is not None
-        self._untied = len(groups) - 4 * c.num_layers - 1
+        self.has_ipn = artifact.manifest.ipn is not None
+        self.groups = 4 * c.num_layers + 1  # that have thresholds
         table = (library.Group * len(groups))()
         for entry, group in zip(table, groups, strict=True):
             self._fill_group(entry, group)
@@ -370,8 +364,3 @@ class Engine:
         entry.out = linear.out_features
         for name in LINEAR_FIELDS:
             setattr(entry, name, self._pointer_to(getattr(linear, name)))
-
-
-def _stats_of(read: library.Stats) -> DecodeStats:
-    head = read.head_bits + read.embed_bits
-    return DecodeStats(read.body_bits, head, (read.body_bits + head + 7) // 8 + read.cache_bytes)

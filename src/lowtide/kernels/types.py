@@ -32,6 +32,12 @@ class PolicyParams:
     head_offset: float = 0.0
     head_margin: float = 0.0
 
+    def moved(self, log2_offset: float) -> PolicyParams:
+        """The same, moved by the budget controller: `dataclasses.replace` without looking fields up, for every token
+        comes here."""
+        rest = (self.gains, self.bits, self.head_offset, self.head_margin)
+        return PolicyParams(self.rule, self.thresholds, log2_offset, *rest)
+
     @property
     def head_twice(self) -> bool:
         """Whether the head is read coarsely first and then in part again."""

@@ -7,7 +7,6 @@ tokens lands on the target whatever the text is like.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from functools import cache
@@ -227,7 +226,7 @@ class BudgetController:
         error = self.per_weight(body_bits) - self._target
         gain = max(self._gain, FIRST_GAIN / self._tokens) if self._gain else 0.0
         offset = min(max(self.params.log2_offset + gain * error, -MAX_OFFSET), MAX_OFFSET)
-        self.params = dataclasses.replace(self.params, log2_offset=offset)
+        self.params = self.params.moved(offset)
 
     def per_weight(self, body_bits: float) -> float:
         """Bits of one token as bits per weight of the decoder's linear layers."""
