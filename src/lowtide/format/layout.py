@@ -94,6 +94,9 @@ def encode_header(spans: dict[str, TensorSpan]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+FIELDS = {"dtype", "shape", "data_offsets"}
+
+
 def parse_header(data: memoryview, where: str, whole: bool = True) -> tuple[int, dict[str, TensorSpan]]:
     """Read and check the header of a safetensors file.
 
@@ -126,20 +129,28 @@ def parse_header(data: memoryview, where: str, whole: bool = True) -> tuple[int,
     return 8 + length, ordered
 
 
-def _parse_span(name: str, entry: object, where: str) -> TensorSpan:
-    tensor = f"{where}: tensor {short(name)}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise LowtideError(f"{tensor}: entry must hold dtype, shape and data_offsets and nothing else")
+def _parse_span(name: str, entry: Any, where: str) -> TensorSpan:
+    problem = _problem(entry)  # words are made only for what is wrong: a model has thousands of tensors
+    if problem:
+        raise LowtideError(f"{where}: tensor {short(name)}: {problem}")
+    first, last = entry["data_offsets"]
+    return TensorSpan(entry["dtype"], tuple(entry["shape"]), first, last)
+
+
+def _problem(entry: object) -> str | None:
+    """What is wrong with a tensor's entry; None if nothing is."""
+    if not isinstance(entry, dict) or entry.keys() != FIELDS:
+        return "entry must hold dtype, shape and data_offsets and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise LowtideError(f"{tensor}: dtype {short(dtype)} is not one of {', '.join(DTYPES)}")
+        return f"dtype {short(dtype)} is not one of {', '.join(DTYPES)}"
     if not _is_counts(shape) or len(shape) > 3:
-        raise LowtideError(f"{tensor}: shape {short(shape)} is not a list of up to three counts")
+        return f"shape {short(shape)} is not a list of up to three counts"
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise LowtideError(f"{tensor}: data_offsets {short(offsets)} are not two rising counts")
+        return f"data_offsets {short(offsets)} are not two rising counts"
     if offsets[1] - offsets[0] != tensor_bytes(dtype, shape):
-        raise LowtideError(f"{tensor}: {dtype} {short(shape)} does not take {offsets[1] - offsets[0]} bytes")
-    return TensorSpan(dtype, tuple(shape), offsets[0], offsets[1])
+        return f"{dtype} {short(shape)} does not take {offsets[1] - offsets[0]} bytes"
+    return None
 
 
 def _check_contiguous(spans: dict[str, TensorSpan], data_start: int, file_bytes: int | None, where: str) -> None:
@@ -156,6 +167,9 @@ def _check_contiguous(spans: dict[str, TensorSpan], data_start: int, file_bytes:
 
 
 def _is_counts(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 53 for item in value
-    )
+    if type(value) is not list:
+        return False
+    for item in value:  # noqa: SIM110 - a generator would cost as much again
+        if type(item) is not int or not 0 <= item < 1 << 53:
+            return False
+    return True
