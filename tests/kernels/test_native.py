@@ -286,3 +286,23 @@ def test_environment_forces_an_instruction_set(tiny_artifact, monkeypatch):
 
 def test_read_bandwidth_is_measured(tiny_artifact):
     assert Engine(open_artifact(tiny_artifact), threads=1).read_bandwidth(1 << 24, 2) > 1e8
+
+
+def test_a_sequence_keeps_nothing_of_the_policies_before(artifact):
+    """What the call of one token left in the native structures does not reach the next one's."""
+    gains, fewer = policy(artifact, "ipn", 0.3), policy(artifact, "channel-norm")
+    fewer = dataclasses.replace(fewer, thresholds=fewer.thresholds[:, :1], head_offset=1.0, head_margin=0.5)
+    policies = [gains, dataclasses.replace(gains, gains=None), fewer, policy(artifact, "channel-norm"), gains]
+    used, token = Engine(artifact, threads=1, max_context=8), 5
+    for chosen in policies:
+        fresh = Engine(artifact, threads=1, max_context=8)
+        logits, stats = used.decode(token, 0, chosen)
+        wanted, expected = fresh.decode(token, 0, chosen)
+        assert np.array_equal(logits, wanted) and stats == expected
+        fresh.close()
+    used.close()
+
+
+def test_a_moved_policy_is_the_same_but_for_its_offset(artifact):
+    chosen = dataclasses.replace(policy(artifact, "ipn"), bits=3.0, head_offset=2.5, head_margin=4.0)
+    assert chosen.moved(0.75) == dataclasses.replace(chosen, log2_offset=0.75)
