@@ -70,8 +70,10 @@ class Shared(At):
         self.chunk = chunk
 
     def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `At.scores`."""
+        """See `At.scores`; the head's masks are each token's own."""
         score, theta = super().scores(name, a)
+        if name == "head":
+            return score, theta
         chunks = (2 * score).exp2().view(-1, self.chunk, score.shape[1])
         return (chunks.mean(1).log2() / 2).repeat_interleave(self.chunk, 0), theta
 
@@ -85,8 +87,10 @@ class Cached(At):
         self.hits = self.asked = 0
 
     def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `At.scores`."""
+        """See `At.scores`; the head's masks are each token's own."""
         fresh, theta = super().scores(name, a)
+        if name == "head":
+            return fresh, theta
         score = a.abs() * self.ipn.log_importance(name).exp2()
         unit = score / score.norm(dim=1, keepdim=True).clamp_min(1e-20)
         source = torch.arange(len(a))

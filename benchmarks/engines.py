@@ -86,6 +86,8 @@ def files_of(options: argparse.Namespace, artifact: Any) -> dict[str, Path]:
     if options.calibration:
         text = Path(options.calibration).read_text(encoding="utf-8")
         ids = load_tokenizer(artifact).encode(text[: 16 * CALIBRATION[0] * CALIBRATION[1]], special=False)
+        if len(ids) < CALIBRATION[0] * CALIBRATION[1]:
+            raise LowtideError(f"{options.calibration}: has {len(ids)} tokens; give a longer text")
         calibration = [ids[i * CALIBRATION[1] :][: CALIBRATION[1]] for i in range(CALIBRATION[0])]
     for kind in filter(None, options.openvino.split(",")):
         tuned = "-tuned" if calibration and kind != "int8" else ""
@@ -122,14 +124,14 @@ def qualities(options: argparse.Namespace, artifact: Any, files: dict[str, Path]
         else:
             with peers.Worker("llama", options.llama_python) as worker:
                 found[name] = subject.compare(quality.llama_logits(worker, path, subject, 2))
-    budgets = [parse_bits(b) for b in options.bits.split(",")]
+    budgets = [float(b) for b in options.bits.split(",")]
     result = lowtide.evaluate(
         artifact,
         subject.source,
         subject.ids,
         windows=len(subject.ids),
         window=subject.ids.shape[1],
-        bits=["dense" if b is None else b for b in budgets],
+        bits=budgets,
         head=parse_head(options.head),
         cache_bits=options.cache_bits,
     )
@@ -145,7 +147,7 @@ def measure(options: argparse.Namespace, threads: int, ids: list[int], files: di
         ours = stack.enter_context(peers.Worker("lowtide", script=Path(speed_worker.__file__)))
         settings = {"isa": None, "policy": None, "cache_bits": options.cache_bits, "head": options.head}
         versions["lowtide"] = ours("open", path=options.artifact, threads=threads, context=context, **settings)
-        for bits in (parse_bits(b) for b in options.bits.split(",")):
+        for bits in (float(b) for b in options.bits.split(",")):
             engines[f"{bits:g} bits"] = ("lowtide", ours, {"bits": bits})
         for name, path in files.items():
             kind, python, script = "openvino", options.openvino_python, OPENVINO
@@ -200,6 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     try:
         artifact = open_artifact(options.artifact)
+        parse_head(options.head)
+        if None in map(parse_bits, options.bits.split(",")):
+            raise LowtideError(f"--bits {options.bits}: numbers alone; a full read is not compared here")
         if not peers.is_f16_gguf(options.gguf):
             raise LowtideError(f"{options.gguf}: must be an F16 GGUF; every engine makes its own form of it")
         files = files_of(options, artifact)
@@ -219,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                     else path.with_suffix(".bin" if path.suffix == ".xml" else ".gguf").stat().st_size
                 )
                 rows.append(row | {"kl": kl, "ppl": ppl, "file_bytes": size})
-    except LowtideError as error:
+    except (LowtideError, OSError, UnicodeDecodeError) as error:
         print(f"engines: error: {error}", file=sys.stderr)
         return 2
     label = options.label or Path(options.artifact).stem

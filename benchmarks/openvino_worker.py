@@ -81,7 +81,7 @@ class OpenVino:
         return {}
 
     def prefill(self, ids: list[int]) -> dict[str, Any]:
-        """Seconds for a text from an empty state; its logits are those of every token, there is no other way."""
+        """Seconds for a text from an empty state; the model as it is converted gives every token's logits."""
         self.request.reset_state()
         started = time.perf_counter()
         self.request.infer(inputs(ids, 0))

@@ -42,7 +42,7 @@ PARTS = {
     "norms, gates": r"lowtide.*::(rmsnorm|swiglu|embed)\b",
     "waiting": r"lowtide::Pool::|\W*_*sched_yield",
 }
-"""Functions of each part, as perf names them; what matches none is the interpreter's and the system's."""
+"""Functions of each part, as perf names them; what matches none is the interpreter's."""
 OTHER = "other"
 KINDS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 TIME = ("threads", "in cache", "tokens/s", *PARTS, OTHER)
@@ -186,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
             for context in options.contexts:
                 common.note(f"{threads} threads, {context} tokens in the cache")
                 rows.append(case.row(context))
-            divided = case.bytes(options.contexts[-1])
+            if threads == options.threads[-1]:
+                divided = case.bytes(options.contexts[-1])
             case.engine.close()
     except (LowtideError, OSError, UnicodeDecodeError) as error:
         print(f"where: error: {error}", file=sys.stderr)

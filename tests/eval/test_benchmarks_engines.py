@@ -1,4 +1,4 @@
-"""benchmarks/engines.py: what OpenVINO's worker asks of its engine, and the whole comparison on a tiny model."""
+"""benchmarks/engines.py: what OpenVINO's worker asks of its engine, bad input, and the table."""
 
 import json
 import sys

@@ -9,6 +9,7 @@ import pytest
 from support.tiny import make_artifact
 
 from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
 from lowtide.kernels.native import available_isas
 
 LISTING = """
@@ -164,7 +165,7 @@ def test_where_puts_a_function_where_it_belongs(load, symbol, part):
     assert found[part] > 0.99 and sum(found.values()) == pytest.approx(1)
 
 
-def test_where_counts_every_byte_once(load, perf, arguments, capsys):
+def test_where_divides_what_the_engine_counts(load, perf, arguments, capsys):
     perf()
     given = [
         arguments[0],
@@ -172,20 +173,29 @@ def test_where_counts_every_byte_once(load, perf, arguments, capsys):
         "4.5",
         "--policy",
         "ipn",
-        "--threads",
-        "1,2",
         "--contexts",
         "4,16",
         "--tokens",
         "6",
+        "--seconds",
+        "0.01",
     ]
-    assert load("where").main([*given, "--seconds", "0.01", "--text", arguments[arguments.index("--text") + 1]]) == 0
-    out = capsys.readouterr().out
-    result = json.loads(Path(out.strip().splitlines()[-1]).read_text())
-    assert [(r["threads"], r["context"]) for r in result["rows"]] == [(1, 4), (1, 16), (2, 4), (2, 16)]
-    assert all(value >= 0 for value in result["bytes"].values())
-    # the bits that the controller holds are those of this text: near the budget, and the parts are the engine's sum
-    assert sum(result["bytes"].values()) == pytest.approx(result["rows"][-1]["bytes_per_token"], rel=0.1)
+    given += ["--text", arguments[arguments.index("--text") + 1]]
+    found = {}
+    for cache, threads in (("16", "1,2"), ("8", "1")):
+        assert load("where").main([*given, "--cache-bits", cache, "--threads", threads]) == 0
+        result = json.loads(Path(capsys.readouterr().out.strip().splitlines()[-1]).read_text())
+        assert [(r["threads"], r["context"]) for r in result["rows"]] == [
+            (int(t), c) for t in threads.split(",") for c in (4, 16)
+        ]
+        parts = found[cache] = result["bytes"]
+        assert sum(parts.values()) == pytest.approx(result["rows"][-1]["bytes_per_token"], rel=0.1)
+    config = open_artifact(arguments[0]).config
+    row = config.num_layers * config.num_kv_heads * 2
+    for cache, width in (("16", 2 * config.head_dim), ("8", config.head_dim + 4)):
+        # positions 17 to 22, each reading all before it and itself
+        assert found[cache]["keys and values"] == pytest.approx(19.5 * row * width, abs=1)
+        assert found[cache]["outliers"] > 0 and min(found[cache].values()) >= 0
 
 
 def test_where_tells_bad_input_in_one_line(load, arguments, capsys, monkeypatch, tmp_path):

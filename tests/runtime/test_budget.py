@@ -7,6 +7,8 @@ from support.tiny import make_artifact
 
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
+from lowtide.kernels.native import Engine
+from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
 from lowtide.runtime.budget import (
     FULL_HEAD,
@@ -72,14 +74,18 @@ def test_at_a_grid_point_the_stored_thresholds_come_out(artifact):
             np.testing.assert_array_equal(params.thresholds, stored(artifact, policy, budget))
 
 
-def test_a_full_head_is_that_of_the_last_budget(artifact):
-    for name in POLICIES:
-        once, full = policy_params(artifact, name, 4.25), policy_params(artifact, name, 4.25, FULL_HEAD)
-        last = policy_params(artifact, name, artifact.manifest.budgets[-1])
-        np.testing.assert_array_equal(full.thresholds[:-1], once.thresholds[:-1])
-        np.testing.assert_array_equal(full.thresholds[-1], last.thresholds[-1])
-        assert full.head_offset == 0 and full.head_margin == 0
-        assert not np.array_equal(full.thresholds[-1], once.thresholds[-1])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 8.0])
+@pytest.mark.parametrize("name", ["channel-norm", "channel-abs", "topk", "statistical-topk", "topk:0,4"])
+def test_a_full_head_is_read_however_far_thresholds_have_moved(tmp_path, name, offset):
+    artifact = open_artifact(make_artifact(tmp_path / "a", policies=(name,)))
+    once, full = (policy_params(artifact, name, 4.25, head) for head in ((0.0, 0.0), FULL_HEAD))
+    np.testing.assert_array_equal(full.thresholds[:-1], once.thresholds[:-1])
+    assert full.head_offset == 0 and full.head_margin == 0
+    for engine in (Engine(artifact, threads=1, max_context=4), ReferenceEngine(artifact, max_context=4)):
+        dense = engine.decode(5, 0, policy_params(artifact, None, None))[1].head_bits
+        read = engine.decode(5, 0, full.moved(offset))[1].head_bits
+        assert read == dense or (":" in name and engine.decode(5, 0, once)[1].head_bits < read < dense)
+        engine.close()
 
 
 def test_between_grid_points_scores_mix_in_log2_and_counts_linearly(artifact):

@@ -187,11 +187,11 @@ class Engine:
             LowtideError: as `TokenSequence.decode`, or a sequence that comes twice.
         """
         check_round(steps)
-        for step in steps:
-            self._check(step.sequence, step.token, step.pos)
         logits = [np.empty(self.vocab_size if step.want_logits else 0, np.float32) for step in steps]
         calls = [step.sequence.call for step in steps]
         with self.lock:
+            for step in steps:
+                self._check(step.sequence, step.token, step.pos)
             for step, call, row in zip(steps, calls, logits, strict=True):
                 self._fill(call, step.token, step.pos, step.policy, row)
             table = (library.Step * len(steps))(*(call.step for call in calls))
@@ -202,9 +202,9 @@ class Engine:
         self, sequence: TokenSequence, token: int, pos: int, policy: PolicyParams, want_logits: bool
     ) -> tuple[F32, DecodeStats]:
         """`TokenSequence.decode`: a round of one, with as little around the call as can be."""
-        self._check(sequence, token, pos)
         logits = np.empty(self.vocab_size if want_logits else 0, np.float32)
         with self.lock:
+            self._check(sequence, token, pos)
             call = sequence.call
             self._fill(call, token, pos, policy, logits)
             library.library().lt_decode(self.handle, ctypes.byref(call.step), 1)
@@ -231,6 +231,7 @@ class Engine:
             return np.stack(rows) if all_logits else rows[last]
         logits = np.empty((len(ids), self.vocab_size) if all_logits else self.vocab_size, np.float32)
         with self.lock:
+            self._check_open(sequence)
             failed = library.library().lt_prefill(
                 self.handle, sequence.handle, ids.ctypes.data, len(ids), pos, int(all_logits), logits.ctypes.data
             )

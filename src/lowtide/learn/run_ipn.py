@@ -33,6 +33,8 @@ from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, sensitivities
 from lowtide.learn.shards import is_sharded
 
+TRAINER = 2
+"""Raised when a run must not go on from a checkpoint of an older version of the training."""
 SAMPLED_WINDOW = 256
 SAMPLED_AT_ONCE = 128
 """Windows: their keys and values are in memory together."""
@@ -168,7 +170,7 @@ def _learn(
             group.side_bits += ipn.side_bits(name)
         learner = Learner(graded, ipn, ids, options, team)
         parts = [(folder / "lowtide.json").read_bytes(), ids.numpy().tobytes()]
-        key = json.dumps([asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
+        key = json.dumps([TRAINER, asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
         work = out.with_name(out.name + ".partial")
         if team.main:
             if not resume:

@@ -30,7 +30,8 @@ FIRST_GAIN = 0.5
 """The gain of token t is at least FIRST_GAIN / t: half of the errors' running mean, so short texts settle, too."""
 
 FULL_HEAD = (-math.inf, 0.0)
-"""How the head is read: once, and all of it whatever the budget is."""
+"""How the head is read: once, and all that the policy's levels allow, whatever the budget is. `policy_params` makes
+thresholds of it; `PolicyParams` does not know it."""
 MAX_OFFSET = 8.0
 """The controller never scales thresholds by more than 2^8: there every channel is on or off anyway."""
 
@@ -125,7 +126,7 @@ def policy_params(
     tables = [group.thresholds[index] for group in groups]
     rows = [rule.interpolate(table[low], table[high], fraction) for table in tables]
     if head == FULL_HEAD:
-        rows[-1], head = tables[-1][-1], (0.0, 0.0)  # the grid's last budget reads everything
+        rows[-1], head = _everything(rule.name, tables[-1][-1], groups[-1].in_features), (0.0, 0.0)
     gains = [0.0 if (g := _gain(group)) is None else g[low] + (g[high] - g[low]) * fraction for group in groups]
     return PolicyParams(
         rule.name,
@@ -135,6 +136,15 @@ def policy_params(
         head_offset=head[0],
         head_margin=head[1],
     )
+
+
+def _everything(rule: str, last: NDArray[np.float32], inputs: int) -> NDArray[np.float32]:
+    """Thresholds f32 [S] that every channel passes however far the controller moves them; last: those of the grid's
+    last budget, which say what levels the policy has."""
+    if rule == "topk":
+        return np.where(last > 0, np.float32(inputs * 2**MAX_OFFSET), np.float32(0))
+    lowest = np.float32(-1e30 if rule == "statistical-topk" else 0)
+    return np.where(np.isfinite(last), lowest, np.float32(np.inf)).astype(np.float32)
 
 
 def _gain(group: GroupTensors) -> NDArray[np.float32] | None:

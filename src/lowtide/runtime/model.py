@@ -202,7 +202,7 @@ class Model:
         """
         from lowtide.runtime.preload import preload
 
-        return preload(self.artifact, policy_params(self.artifact, policy, bits))
+        return preload(self.artifact, policy_params(self.artifact, policy, bits, self._head))
 
     def _course(self, ids: list[int], max_tokens: int, sampler: Sampler, controller: BudgetController) -> Course:
         """A text that has not begun.
