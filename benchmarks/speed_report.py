@@ -54,19 +54,19 @@ def ratios(rows: Iterable[Row]) -> list[Row]:
     """
     found = []
     for about, ours, theirs in groups(rows):
-        for limit in theirs:
-            if limit["kl"] is None or "+" in limit["setting"]:  # flash attention does not change the quality
-                continue
-            good = [r for r in ours if r["kl"] is not None and r["kl"] <= limit["kl"]]
-            peers = [r for r in theirs if r["kl"] is not None and r["kl"] <= limit["kl"]]
+        # a type's quality is the same with and without flash attention
+        limits = {r["setting"].partition("+")[0]: r["kl"] for r in theirs if r["kl"] is not None}
+        for kind, limit in limits.items():
+            good = [r for r in ours if r["kl"] is not None and r["kl"] <= limit]
+            peers = [r for r in theirs if r["kl"] is not None and r["kl"] <= limit]
             if not good:
                 continue
             best, peer = (max(side, key=lambda r: r["decode_tps"]) for side in (good, peers))
             found.append(
                 about
                 | {
-                    "at_kl_of": limit["setting"],
-                    "kl_limit": limit["kl"],
+                    "at_kl_of": kind,
+                    "kl_limit": limit,
                     "setting": best["setting"],
                     "kl": best["kl"],
                     "peer": peer["setting"],

@@ -50,6 +50,12 @@ def test_ratios_are_those_of_the_fastest_that_are_as_good(load):
     assert found["Q4"]["decode_ratio_middle_half"] == pytest.approx([(60 / 40 + 61 / 41) / 2, (59 / 39 + 60 / 40) / 2])
 
 
+def test_a_type_that_ran_with_flash_attention_alone_sets_a_limit_too(load):
+    rows = [row("llama.cpp", "Q4+fa", 0.05, 40), row("lowtide", "3 bits", 0.04, 60)]
+    (found,) = load("speed_report").ratios(rows)
+    assert (found["at_kl_of"], found["peer"], found["decode_ratio"]) == ("Q4", "Q4+fa", 1.5)
+
+
 def test_no_ratio_without_quality(load):
     report = load("speed_report")
     assert report.ratios([row("llama.cpp", "Q4", None, 40), row("lowtide", "3 bits", 0.1, 60)]) == []

@@ -2,8 +2,8 @@
 
 The head does not learn, nor do its thresholds: a budget counts the decoder's bits. But what comes out of the decoder
 should suit the head that will read it. On stories15M, whose head is 60 % of its weights, a model trained with a head
-read in full had a KL of 0.164 with such a head and 0.193 with the engine's (8 windows, 2.35 bits; a trial that left no
-results file).
+read in full had a KL of 0.1668 with such a head and 0.1967 with the engine's (st-j2 at 2.357 bits,
+benchmarks/results/joint-stories15M-feedback-600.md).
 """
 
 from __future__ import annotations
