@@ -8,7 +8,7 @@ import torch
 
 from lowtide.arch import GROUPS
 from lowtide.compress import dense
-from lowtide.compress.dense import DenseModel, KVCache, decoder_block, rope_tables
+from lowtide.compress.dense import DenseModel, KVCache, decoder_block, draw, rope_tables
 from lowtide.errors import LowtideError
 
 
@@ -131,3 +131,19 @@ def test_large_models_sample_in_half_precision(small_model, monkeypatch):
     monkeypatch.setattr(dense, "decoder_block", spy)
     assert model.sample(1, 4, seed=0).shape == (1, 4)
     assert seen == {torch.bfloat16}
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    count = 20_000
+    drawn = torch.stack([draw(p, generator) for generator in [torch.Generator().manual_seed(1)] for _ in range(count)])
+    shares = torch.stack([torch.bincount(column, minlength=6) for column in drawn.T]) / count
+    assert torch.allclose(shares, p, atol=0.015)
+    assert not shares[p == 0].any()
+    same = [draw(p.repeat(50, 1), torch.Generator().manual_seed(2)) for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_the_last_likely_token_is_drawn_at_the_end_of_the_sum(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.ones(*shape))
+    assert draw(torch.tensor([[0.25, 0.75]]), torch.Generator()).tolist() == [1]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.twin import TwinSource, write_folder
 
 from lowtide.arch import norm_specs
-from lowtide.compress import compress
+from lowtide.compress import compress, products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.masked import MaskedModel
 from lowtide.compress.sources import open_source
@@ -39,8 +39,7 @@ def made(small, tmp_path_factory):
 @pytest.fixture
 def exact(monkeypatch):
     """Products in float32, so that the same levels must come out."""
-    for module in (graded, digits, head):
-        monkeypatch.setattr(module, "HALF", torch.float32)
+    monkeypatch.setattr(products, "_chosen", [torch.float32])
 
 
 def untrained(artifact):
@@ -91,11 +90,11 @@ def test_a_jointly_trained_artifact_is_what_training_goes_on_from(made, small, e
 
 def test_bfloat16_changes_little(made, small, monkeypatch):
     artifact, dense = made
+    monkeypatch.setattr(products, "_chosen", [torch.bfloat16])
     model, ipn = GradedModel(artifact, dense), untrained(artifact)
     with torch.no_grad():
         hidden, read = model.hidden(small.ids, At(ipn, ipn.grid[-1]))  # read in full: no mask may tip over
-        for module in (graded, digits, head):
-            monkeypatch.setattr(module, "HALF", torch.float32)
+        monkeypatch.setattr(products, "_chosen", [torch.float32])
         precise, same = GradedModel(artifact, dense).hidden(small.ids, At(ipn, ipn.grid[-1]))
     assert hidden.dtype == torch.float32
     assert float(read.mean()) == pytest.approx(float(same.mean()), rel=0.01)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowtide.compress import products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.sources import open_source
 from lowtide.format.reader import open_artifact
-from lowtide.learn import digits, graded, head, ipn_train, sensitivity
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_train import IpnOptions, Learner
@@ -61,8 +61,7 @@ def make_learner(source: Path, parallel: Parallel) -> Learner:
 def precise() -> Iterator[None]:
     """Products in float32: processes agree but for the order of sums."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (digits, graded, head, ipn_train, sensitivity):
-            patch.setattr(module, "HALF", torch.float32)
+        patch.setattr(products, "_chosen", [torch.float32])
         yield
 
 

@@ -157,6 +157,9 @@ def joint(
     weight_rate: Annotated[
         float | None, typer.Option(help="Adam's rate for weights, relative to their size. [default: by the width]")
     ] = None,
+    rank: Annotated[
+        int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights, which is better.")
+    ] = 0,
     consistency: Consistency = 0.0,
     seed: TrainingSeed = 0,
     resume: Resume = True,
@@ -187,6 +190,7 @@ def joint(
         focus=focus,
         windows=windows,
         weight_rate=weight_rate,
+        rank=rank,
         prices=Prices(consistency=consistency),
         seed=seed,
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lowtide.compress.dense import Block, DenseModel, decoder_block, rms_norm, rope_tables
+from lowtide.compress.dense import Block, DenseModel, decoder_block, draw, rms_norm, rope_tables
 
 SAMPLE_STRIDE = 4
 """Every fourth token's input is kept to find thresholds."""
@@ -130,7 +130,7 @@ def head_pass(
             x = rms_norm(part, model.final_norm, model.config.rms_eps)
         with torch.no_grad():
             p = torch.softmax(F.linear(x, weight), -1)
-            labels = torch.multinomial(p, 1, generator=generator)
+            labels = draw(p, generator)[:, None]
             sums.add(x.detach(), (p * (1 - p)).sum(0, dtype=torch.float64))
             if hessians:
                 sums.add_outer(x.detach(), (p * (1 - p)).sum(1))

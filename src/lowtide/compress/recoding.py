@@ -20,6 +20,7 @@ from lowtide.arch import GROUPS
 from lowtide.compress.dense import DenseModel, decoder_block, rope_tables
 from lowtide.compress.feedback import Coded, Seen, recode
 from lowtide.compress.pack import WorkFolder
+from lowtide.compress.products import product_type
 from lowtide.errors import LowtideError
 from lowtide.format import codec
 from lowtide.format.groups import GroupTensors
@@ -29,8 +30,6 @@ BUDGETS = (2.25, 2.75, 3.25, 4.0, math.inf)
 AIMS = {"low": (4.0**0.75, 5.0), "even": (4.0**1.2, 6.3)}
 """Which budgets gain. Higher ones have smaller errors, so their windows get a weight: a factor for each bit, and the
 bits from which on it grows no more. `even` is to make none worse, `low` takes from a full read for budgets up to 3."""
-HALF = torch.bfloat16
-"""Of products whose errors are measured; what digits are chosen by is float32."""
 STATE = "feedback"
 FEEDBACK_VERSION = 1
 """Raised when blocks recoded by an older version of this code must not be reused."""
@@ -134,11 +133,12 @@ class Recoding:
         exact = torch.from_numpy(group.exact_channels.astype(np.int64))
         error = y - bias - a[:, exact] @ always[:, exact].T  # massive inputs: in float32
         a[:, exact] = 0
-        error -= F.linear(a.to(HALF), always.to(HALF)).float()
+        kind = product_type()  # of products whose errors are measured; what digits are chosen by is float32
+        error -= F.linear(a.to(kind), always.to(kind)).float()
         masks = []
         for k, plane in enumerate(coded.planes()):
             masks.append(score > cuts[:, k, None])
-            error -= F.linear((a * masks[k]).to(HALF), plane.to(HALF)).float()
+            error -= F.linear((a * masks[k]).to(kind), plane.to(kind)).float()
         return coded, Seen(a, wanted - mean, torch.stack(masks), error, text.weight.repeat_interleave(window))
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lowtide.compress.products import product_type
 from lowtide.format.groups import GroupTensors
 
-HALF = torch.bfloat16
-"""What products run in."""
 CHUNK = 1 << 16
 """Values that elementwise passes take at a time: from memory they would cost as much as the products."""
 
@@ -62,8 +61,8 @@ class Code:
         self.rescale(rows * log_rows.exp()[:, None], cols * log_cols.exp())
 
     def planes(self, digits: torch.Tensor) -> torch.Tensor:
-        """What every slice adds, in units of the scales: bfloat16 [out, S * in], slices side by side."""
-        found = torch.empty(len(digits), self.slices * len(self.cols), dtype=HALF)
+        """What every slice adds, in units of the scales: [out, S * in], slices side by side."""
+        found = torch.empty(len(digits), self.slices * len(self.cols), dtype=product_type())
         for part in chunks(*digits.shape):
             self._fill(digits[part].float(), found[part])
         return found
@@ -84,7 +83,7 @@ class Code:
         assert weight is not None and log_rows is not None and log_cols is not None
         self.rescale_by(log_rows, log_cols)
         out, inputs = weight.shape
-        planes = torch.empty(out, self.slices * inputs, dtype=HALF)
+        planes = torch.empty(out, self.slices * inputs, dtype=product_type())
         parts = chunks(out, inputs)
         ends = torch.searchsorted(self._places, torch.tensor([part.stop * inputs for part in parts])).tolist()
         for part, first, last in zip(parts, [0, *ends], ends, strict=False):

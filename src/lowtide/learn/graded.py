@@ -7,8 +7,8 @@ of their scales, w_ij = r_i c_j z_ij: z takes the gradient of a code without rou
 what level a channel is read at does not matter to a weight that moves less than its step; r and c take the exact one,
 digits held (after LSQ, arXiv 1902.08153).
 
-Products run in bfloat16, which is several times faster on processors that know it; sums, norms, softmax and the KL stay
-in float32. The int8 coefficients of the engines are left out: they cost less than a training step moves.
+Products run in bfloat16 on processors that are faster with it (`lowtide.compress.products`); sums, norms, softmax and
+the KL stay in float32. The int8 coefficients of the engines are left out: they cost less than a training step moves.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch import nn
 
 from lowtide.arch import GROUPS, LAYER_NORMS, norm_specs
 from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
+from lowtide.compress.products import product_type
 from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
 from lowtide.learn.always import Always
-from lowtide.learn.digits import HALF, Code, chunks
+from lowtide.learn.digits import Code, chunks
 from lowtide.learn.shards import whole
 
 FEATURE_GROUPS = {"qkv": "qkv", "o": "qkv", "gate_up": "gate_up", "down": "gate_up"}
@@ -55,11 +56,12 @@ class Masks(Protocol):
 class GradedGroup:
     """One group: what slices add, and what is always read.
 
-    planes: bfloat16 [out, S * in], D_k / (r_i c_j) side by side, which depends on the digits only;
+    planes: [out, S * in] in the type of products, D_k / (r_i c_j) side by side, which depends on the digits only;
     rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; side_bits: read whatever the mask.
-    learned, under training: weight z f32 [out, in] in units of r_i c_j; log_rows f32 [out] and log_cols
-    f32 [in], the learned parts of the scales' natural logarithms; and the bias.
+    learned, under training: weight z f32 [out, in] in units of r_i c_j, or, of low rank, `up` f32 [out, R] and `down`
+    f32 [R, in] whose product is added to a z that stays; log_rows f32 [out] and log_cols f32 [in], the learned parts of
+    the scales' natural logarithms; and the bias.
     """
 
     name: str
@@ -90,7 +92,12 @@ class GradedGroup:
     def parameters(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Weight, log_rows and log_cols; None each, if they are not under training."""
         t = self.learned
-        return (None, None, None) if t is None else (t["weight"], t["log_rows"], t["log_cols"])
+        if t is None:
+            return None, None, None
+        weight: torch.Tensor = t["weight"]
+        if "up" in t:
+            weight = weight + t["up"] @ t["down"]
+        return weight, t["log_rows"], t["log_cols"]
 
     def coded(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """planes, rows and cols for the `parameters()` given; here they are at hand (`GradedModel.refresh`)."""
@@ -117,7 +124,7 @@ class _Product(torch.autograd.Function):
     ) -> Any:
         planes, rows, cols = group.coded(weight, log_rows, log_cols)
         cuts, tokens = theta.tolist(), len(a)
-        read, count = torch.empty(tokens, planes.shape[1], dtype=HALF), torch.zeros(tokens)
+        read, count = torch.empty(tokens, planes.shape[1], dtype=product_type()), torch.zeros(tokens)
         for part in chunks(*a.shape):
             scaled = a[part] * cols
             mask = torch.empty_like(scaled)
@@ -137,10 +144,10 @@ class _Product(torch.autograd.Function):
         a, score, theta, *kept = ctx.saved_tensors
         planes, rows, cols = ctx.group.coded(*kept[1:])
         own = grads[0] * rows
-        g = own.to(HALF)
+        g = own.to(product_type())
         passed = g @ planes
         grad_a, grad_score, grad_theta = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(theta)
-        grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=HALF)
+        grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=g.dtype)
         for part in chunks(*a.shape):
             scaled, opened = a[part] * cols, grads[1][part][:, None]
             mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
@@ -174,15 +181,16 @@ class GradedModel:
         dense: the model it was made from: what is distilled, and the weights that training begins with.
         train_weights: hold the decoder's weights as parameters; `refresh` codes them anew. Weights that were trained
             jointly before, or coded with error feedback, go on from their digits.
+        rank: of what is added to the weights (LoRA, arXiv 2106.09685), at most; 0 lets all of them learn.
 
     Raises:
         LowtideError: the artifact is of another model.
     """
 
-    def __init__(self, artifact: Artifact, dense: DenseModel, train_weights: bool = False) -> None:
+    def __init__(self, artifact: Artifact, dense: DenseModel, train_weights: bool = False, rank: int = 0) -> None:
         if artifact.manifest.model_id != dense.source.fingerprint():
             raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
-        self.config, self.dense = dense.config, dense
+        self.config, self.dense, self.rank = dense.config, dense, rank
         self.codes: dict[str, Code] = {}
         self.row_scales: dict[str, torch.Tensor] = {}
         self.groups: dict[str, GradedGroup] = {}
@@ -222,7 +230,12 @@ class GradedModel:
         units = code.units() if weight is None else weight / code.cols / code.rows
         learned = {"weight": units, "bias": group.stored_bias}
         learned |= {"log_rows": torch.zeros(group.out), "log_cols": torch.zeros(group.inputs)}
-        group.learned = nn.ParameterDict({what: nn.Parameter(value) for what, value in learned.items()})
+        if self.rank:
+            learned |= low_rank(units, self.rank)
+        fixed = {"weight"} if self.rank else set()
+        group.learned = nn.ParameterDict(
+            {what: nn.Parameter(value, requires_grad=what not in fixed) for what, value in learned.items()}
+        )
 
     def _added(self, index: int) -> None:
         """A decoder block is complete."""
@@ -244,16 +257,26 @@ class GradedModel:
         return code.digits(weight), whole(group.bias)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is under training: of each group `.weight`, `.bias`, `.log_rows` and `.log_cols`; the norms under their
-        Hugging Face names."""
+        """What is under training: of each group `.weight`, or `.up` and `.down`, `.bias`, `.log_rows` and `.log_cols`;
+        the norms under their Hugging Face names."""
         if not self.codes:
             return {}
         found: dict[str, nn.Parameter] = {}
         for name in self.codes:
             learned = self.groups[name].learned
             assert learned is not None
-            found |= {f"{name}.{what}": learned[what] for what in ("weight", "bias", "log_rows", "log_cols")}
+            found |= {f"{name}.{what}": value for what, value in learned.items() if value.requires_grad}
         return found | self.norm_tensors()
+
+    def size_of(self, name: str, p: torch.Tensor) -> float:
+        """What a relative rate of a parameter refers to: its root mean square. `up` begins at 0 and stands for the
+        weights."""
+        group, _, what = name.rpartition(".")
+        if what == "up":
+            learned = self.groups[group].learned
+            assert learned is not None
+            p = learned["weight"]
+        return float(whole(p).pow(2).mean().sqrt().clamp_min(1e-3))
 
     def norm_tensors(self) -> dict[str, nn.Parameter]:
         """RMSNorm weights f32 [D] by Hugging Face tensor name."""
@@ -300,6 +323,17 @@ class GradedModel:
         score, theta = masks.scores(name, a)
         y, count = _Product.apply(a, score, theta, *group.parameters(), group, masks.tau)
         return y + group.bias, 2.0 * group.out * count
+
+
+def low_rank(units: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    """Factors `up` f32 [out, R] and `down` f32 [R, in] to begin with, for weights f32 [out, in]: their product is 0.
+
+    A step that moves every value of `up` by e moves the weights by e as well, root mean square.
+    """
+    out, inputs = units.shape
+    rank = min(rank, out, inputs)
+    draw = torch.Generator().manual_seed(out * 1_000_003 + inputs)
+    return {"up": torch.zeros(out, rank), "down": torch.randn(rank, inputs, generator=draw) / rank**0.5}
 
 
 def _group(group: GroupTensors, code: Code) -> GradedGroup:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lowtide.learn.digits import HALF
+from lowtide.compress.products import product_type
 from lowtide.learn.graded import GradedGroup, GradedModel, Masks
 
 TOKENS = 64
@@ -25,7 +25,7 @@ def head_kl(
 ) -> torch.Tensor:
     """KL(dense || ours), nats per token.
 
-    ours, theirs: f32 [..., D], what the heads read; dense_head: bfloat16 [V, D]; masks: decide what is read of ours.
+    ours, theirs: f32 [..., D], what the heads read; dense_head: [V, D]; masks: decide what is read of ours.
     """
     width = ours.shape[-1]
     result = _HeadKL.apply(ours.reshape(-1, width), theirs.reshape(-1, width), model.groups["head"], dense_head, masks)
@@ -46,7 +46,7 @@ class _HeadKL(torch.autograd.Function):
         for start in range(0, len(ours), TOKENS):
             part = slice(start, start + TOKENS)
             product = _Masked(head, ours[part], score[part], theta)
-            wanted = F.linear(theirs[part].to(HALF), dense_head).float()
+            wanted = F.linear(theirs[part].to(product_type()), dense_head).float()
             given = product.forward()
             p, q = wanted.softmax(-1), given.softmax(-1)
             norms = _log_norm(wanted, p) - _log_norm(given, q)
@@ -70,13 +70,13 @@ class _Masked:
     def forward(self) -> torch.Tensor:
         """Logits f32 [T, V]."""
         read = (self._scales * self._a[:, None]).flatten(1)
-        y = F.linear(read.to(HALF), self._head.planes).float().mul_(self._head.rows)
+        y = F.linear(read.to(product_type()), self._head.planes).float().mul_(self._head.rows)
         self._head.always.add(y, self._a)
         return y.add_(self._head.bias)
 
     def backward(self, g: torch.Tensor) -> torch.Tensor:
         """What the logits' gradient f32 [T, V] says of x, f32 [T, D]."""
-        passed = ((g * self._head.rows).to(HALF) @ self._head.planes).float()
+        passed = ((g * self._head.rows).to(product_type()) @ self._head.planes).float()
         found = passed.view_as(self._scales).mul_(self._scales).sum(1)
         self._head.always.add_back(found, g)
         return found

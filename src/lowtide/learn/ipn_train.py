@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowtide.compress.products import product_type
 from lowtide.errors import LowtideError
-from lowtide.learn.digits import HALF
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import ELASTICITY, Prices, loss_of
 from lowtide.learn.level import densities, hold, project
 from lowtide.learn.parallel import Parallel
-from lowtide.learn.shards import whole
 
 Report = Callable[[str, int, int], None]
 """`report(stage, done, total)`; stages: sample, probe, train, thresholds."""
@@ -59,6 +58,7 @@ class IpnOptions:
             weights learn too.
         weight_rate: for the model's weights, biases and norms, relative to each matrix's root mean square; 0 leaves the
             model alone; None: by the model's width (`run_ipn.rate_for`).
+        rank: of what is added to the weights; 0: they learn whole.
         tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
         average: decay, for each step, of the average of parameters that is kept (`ipn_progress.Run.follow`).
         features: H of each probe. parts: ingredients that learn. check_every: steps between looks at held-out windows.
@@ -72,6 +72,7 @@ class IpnOptions:
     rate: float = 0.005
     probe_rate: float = 0.0005
     weight_rate: float | None = 0.0
+    rank: int = 0
     tau: float = 0.7
     prices: Prices = field(default_factory=Prices)
     average: float = 0.95
@@ -92,6 +93,8 @@ class IpnOptions:
             raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")
         if self.weight_rate is not None and not 0 <= self.weight_rate < 1:
             raise LowtideError(f"--weight-rate {self.weight_rate:g}: must be at least 0 and below 1")
+        if self.rank < 0:
+            raise LowtideError(f"--rank {self.rank}: must be 0 (full weights) or more")
         if not 0 <= self.average < 1:
             raise LowtideError(f"average {self.average:g}: must be at least 0 and below 1")
         unknown = set(self.parts) - set(Ipn.PARTS)
@@ -114,7 +117,7 @@ class Learner:
             raise LowtideError(
                 f"training needs three windows of {self.ids.shape[1]} tokens or more; give a longer --text"
             )
-        self.dense_head = self.model.dense.head_weight.to(HALF)
+        self.dense_head = self.model.dense.head_weight.to(product_type())
         self._held_hidden: torch.Tensor | None = None
         self._states: dict[int, torch.Tensor] = {}
 
@@ -139,7 +142,7 @@ class Learner:
             if name.endswith((".log_rows", ".log_cols")):
                 rate = weight_rate * SCALE_RATE
             elif name.startswith("model/"):
-                rate = weight_rate * float(whole(p).pow(2).mean().sqrt().clamp_min(1e-3))
+                rate = weight_rate * self.model.size_of(name.removeprefix("model/"), p)
             elif name.endswith(("/probe", "/bias")):
                 rate = o.probe_rate * share
             else:

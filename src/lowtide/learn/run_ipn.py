@@ -161,7 +161,7 @@ def _learn(
         low, high = options.bits
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
     try:
-        graded = _model(team, artifact, dense, joint)
+        graded = _model(team, artifact, dense, joint, options.rank)
         ids = _windows(team, dense, text, tokens, options, report)
         ipn = _network(artifact, grid, tables, options)
         if goes_on:
@@ -205,9 +205,11 @@ def _check_out(out: Path, force: bool) -> None:
         raise LowtideError(f"{out}: exists already; choose another folder or give --force")
 
 
-def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool) -> GradedModel:
+def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool, rank: int) -> GradedModel:
     if team.mesh is None:
-        return GradedModel(artifact, dense, train_weights=joint)
+        return GradedModel(artifact, dense, joint, rank)
+    if rank:
+        raise LowtideError(f"--rank {rank}: not with --use_fsdp, which shares out full weights")
     from lowtide.learn.sharded import ShardedModel
 
     return ShardedModel(artifact, dense, team.mesh, team.free)

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
-from lowtide.learn.graded import FEATURE_GROUPS, HALF, GradedModel
+from lowtide.compress.dense import decoder_block, draw, rms_norm, rope_tables
+from lowtide.compress.products import product_type
+from lowtide.learn.graded import FEATURE_GROUPS, GradedModel
 from lowtide.learn.ipn import LIMIT, Ipn
 
 FLOOR = 0.05
@@ -50,7 +51,7 @@ def sensitivities(
     say: dict[str, list[torch.Tensor]] = {}
     scales = model.row_scales
     rope = rope_tables(config, 0, ids.shape[1])
-    head = dense.head_weight.to(HALF)
+    head = dense.head_weight.to(product_type())
     for done, row in enumerate(ids):
         x = dense.embed(row[None]).requires_grad_(True)
         for index in range(config.num_layers):
@@ -59,9 +60,9 @@ def sensitivities(
             def apply(kind: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
                 name = f"layers.{index}.{kind}"
                 if FEATURE_GROUPS[kind] == kind:
-                    inputs.setdefault(name, []).append(x.detach()[0].to(HALF))
+                    inputs.setdefault(name, []).append(x.detach()[0].to(torch.bfloat16))
                 bias = dense.block(index).biases[kind]
-                y = F.linear(x.to(HALF), dense.block(index).weights[kind].to(HALF)).float()
+                y = F.linear(x.to(product_type()), dense.block(index).weights[kind].to(product_type())).float()
                 y = y if bias is None else y + bias
 
                 def keep(g: torch.Tensor) -> None:
@@ -73,8 +74,8 @@ def sensitivities(
             with torch.enable_grad():
                 x = decoder_block(config, (block.input_norm, block.post_norm), x, apply, rope)
         with torch.enable_grad():
-            logits = F.linear(rms_norm(x, dense.final_norm, config.rms_eps)[0].to(HALF), head).float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            logits = F.linear(rms_norm(x, dense.final_norm, config.rms_eps)[0].to(product_type()), head).float()
+            labels = draw(logits.detach().softmax(-1), generator)
             F.cross_entropy(logits, labels, reduction="sum").backward()
         report(done + 1, len(ids))
     return Sensitivities({n: torch.cat(v) for n, v in inputs.items()}, {n: torch.cat(v) for n, v in say.items()})

@@ -22,8 +22,9 @@ from torch.distributed.fsdp import fully_shard
 
 from lowtide.arch import GROUPS
 from lowtide.compress.dense import DenseModel
+from lowtide.compress.products import product_type
 from lowtide.format.reader import Artifact
-from lowtide.learn.digits import HALF, Code
+from lowtide.learn.digits import Code
 from lowtide.learn.graded import GradedGroup, GradedModel, Masks
 
 
@@ -111,6 +112,6 @@ class _ThinGroup(GradedGroup):
 def _thin(group: GradedGroup, code: Code) -> GradedGroup:
     """The group without what its weights tell."""
     code.thin()
-    nothing = torch.empty(0, dtype=HALF)
+    nothing = torch.empty(0, dtype=product_type())
     fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.side_bits)
     return _ThinGroup(group.name, nothing, *fields, learned=group.learned, code=code)

@@ -1,0 +1,117 @@
+"""Joint training of an addition of low rank to the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.twin import write_folder
+
+from lowtide.compress import compress, products
+from lowtide.compress.dense import DenseModel
+from lowtide.compress.sources import open_source
+from lowtide.errors import LowtideError
+from lowtide.format.reader import open_artifact
+from lowtide.learn import run_ipn
+from lowtide.learn.graded import GradedModel, budget_tables, low_rank
+from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.ipn_train import IpnOptions, Learner
+from lowtide.learn.parallel import Parallel
+from lowtide.learn.run_ipn import learn_joint
+
+TEXT = "the end of the tide is there and then another one in the hand. " * 40
+OPTIONS = IpnOptions(steps=20, bits=(4.0, 5.0), focus=0.7, windows=4, features=4, check_every=5, weight_rate=0.02)
+RANK = 3
+
+
+@pytest.fixture(scope="module")
+def place(small, tmp_path_factory):
+    """A folder with `model`, its `artifact` and a `text`."""
+    folder = tmp_path_factory.mktemp("low-rank")
+    write_folder(small.source, folder / "model")
+    (folder / "text").write_text(TEXT)
+    compress(folder / "model", folder / "artifact", calibration=folder / "text")
+    return folder
+
+
+@pytest.fixture
+def made(place, monkeypatch):
+    """Artifact, dense model and a network, products in float32."""
+    monkeypatch.setattr(products, "_chosen", [torch.float32])
+    artifact = open_artifact(place / "artifact")
+    grid, tables = budget_tables(artifact)
+    importance = {n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in artifact.groups.items()}
+    return artifact, DenseModel(open_source(place / "model")), Ipn(importance, grid, tables, features=4)
+
+
+def test_it_begins_with_the_weights(made, small):
+    artifact, dense, ipn = made
+    at = At(ipn, 4.0)
+    full, low = (GradedModel(artifact, dense, True, rank) for rank in (0, RANK))
+    for model in (full, low):
+        model.refresh()
+    with torch.no_grad():
+        assert torch.equal(low.hidden(small.ids[:2], at)[0], full.hidden(small.ids[:2], at)[0])
+
+
+def test_factors_learn_and_the_weights_stay(made, small):
+    artifact, dense, ipn = made
+    model = GradedModel(artifact, dense, True, RANK)
+    names = {n.rpartition(".")[2] for n in model.parameters()}
+    assert {"up", "down", "bias", "log_rows", "log_cols"} <= names and "layers.0.o.weight" not in model.parameters()
+    learner = Learner(model, ipn, small.ids, dataclasses.replace(OPTIONS, rank=RANK), Parallel())
+    group = model.groups["layers.0.o"]
+    before = group.learned["weight"].clone()
+    optimiser = learner.optimiser()
+    for step in range(2):  # the first moves `up` alone: `down` has no gradient while `up` is 0
+        learner.step(step, optimiser)
+    assert torch.equal(group.learned["weight"], before) and group.learned["weight"].grad is None
+    change = group.parameters()[0].detach() - before
+    assert change.abs().max() > 0 and torch.linalg.matrix_rank(change) <= RANK
+
+
+def test_a_factors_gradient_is_the_weights(made, small):
+    artifact, dense, ipn = made
+    found = []
+    for rank in (0, RANK):
+        model = GradedModel(artifact, dense, True, rank)
+        model.refresh()
+        model.hidden(small.ids[:2], At(ipn, 4.0))[0].pow(2).mean().backward()
+        found.append(model.groups["layers.0.down"].learned)
+    full, low = found
+    assert torch.allclose(low["up"].grad, full["weight"].grad @ low["down"].detach().T, rtol=1e-4, atol=1e-9)
+
+
+def test_rates_are_relative_to_the_weights(made, small):
+    artifact, dense, ipn = made
+    model = GradedModel(artifact, dense, True, RANK)
+    learned = model.groups["layers.0.o"].learned
+    size = float(learned["weight"].pow(2).mean().sqrt())
+    assert model.size_of("layers.0.o.up", learned["up"]) == pytest.approx(size)
+    assert model.size_of("layers.0.o.down", learned["down"]) == pytest.approx(
+        float(learned["down"].detach().pow(2).mean().sqrt())
+    )
+    factors = low_rank(torch.zeros(40, 30), 8)
+    change = torch.sign(torch.randn(40, 8)) @ factors["down"]
+    assert float(change.pow(2).mean().sqrt()) == pytest.approx(1.0, rel=0.2)
+    assert low_rank(torch.zeros(4, 30), 8)["up"].shape == (4, 4)
+
+
+def test_the_result_is_an_ordinary_artifact_that_is_better(place, tmp_path):
+    options = dataclasses.replace(OPTIONS, rank=RANK)
+    figures = learn_joint(place / "model", tmp_path / "out", options, place / "artifact", place / "text")
+    values = {h["step"]: h["value"] for h in figures["history"]}
+    assert figures["best_step"] > 0 and values[figures["best_step"]] < values[0]
+    old, new = (open_artifact(p).groups["layers.0.down"].codes() for p in (place / "artifact", tmp_path / "out"))
+    assert (old != new).any()
+
+
+def test_it_is_checked(place, tmp_path, monkeypatch):
+    with pytest.raises(LowtideError, match="--rank -1: must be 0"):
+        IpnOptions(rank=-1)
+    team = SimpleNamespace(mesh=object(), main=True)
+    with pytest.raises(LowtideError, match="--rank 3: not with --use_fsdp"):
+        run_ipn._model(team, None, None, True, RANK)
