@@ -1,9 +1,9 @@
 """What each ingredient of the importance prediction network is worth: trained variants, sharing, cache.
 
 Every variant is trained with the same steps on the calibration text and judged at equal bits: one shift of all
-thresholds is solved for on the judged windows themselves, as the budget controller would settle. Products in bfloat16
-(`lowtide.learn.graded`), the head read in full. `overlap` is the mean share of a token's open slices that the token
-before had open, too; `hits` the share of masks taken from the cache.
+thresholds is solved for on the judged windows themselves, as the budget controller would settle. Products are those of
+training (`lowtide.learn.graded`), the head is read as `channel-norm` reads it. `overlap` is the mean share of a token's
+open slices that the token before had open, too; `hits` the share of masks taken from the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from dynamic_common import Row, Subject, budgets
 
-from lowtide.learn.digits import HALF
+from lowtide.compress.products import product_type
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
@@ -114,7 +114,7 @@ class Bench:
     model: GradedModel
 
     def __post_init__(self) -> None:
-        self.head = self.subject.dense.head_weight.to(HALF)
+        self.head = self.subject.dense.head_weight.to(product_type())
         self.theirs = [self.subject.dense.hidden(row[None]) for row in self.subject.ids]
 
     @torch.no_grad()
