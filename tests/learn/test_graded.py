@@ -15,12 +15,13 @@ from lowtide.compress.masked import MaskedModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import digits, graded, head
+from lowtide.learn import graded, head, slices
 from lowtide.learn.always import Always
 from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
+from lowtide.learn.slices import FloatSlices
 from lowtide.rules import get_rule
 from lowtide.runtime.budget import policy_params
 
@@ -39,7 +40,7 @@ def made(small, tmp_path_factory):
 @pytest.fixture
 def exact(monkeypatch):
     """Products in float32, so that the same levels must come out."""
-    monkeypatch.setattr(products, "_chosen", [torch.float32])
+    monkeypatch.setattr(products, "_chosen", [products.EXACT])
 
 
 def untrained(artifact):
@@ -88,13 +89,14 @@ def test_a_jointly_trained_artifact_is_what_training_goes_on_from(made, small, e
     assert all(torch.equal(t, more.norm_tensors()[n]) for n, t in trained.norm_tensors().items())
 
 
-def test_bfloat16_changes_little(made, small, monkeypatch):
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_other_products_change_little(made, small, monkeypatch, kind):
     artifact, dense = made
-    monkeypatch.setattr(products, "_chosen", [torch.bfloat16])
+    monkeypatch.setattr(products, "_chosen", [products.TYPES[kind]])
     model, ipn = GradedModel(artifact, dense), untrained(artifact)
     with torch.no_grad():
         hidden, read = model.hidden(small.ids, At(ipn, ipn.grid[-1]))  # read in full: no mask may tip over
-        monkeypatch.setattr(products, "_chosen", [torch.float32])
+        monkeypatch.setattr(products, "_chosen", [products.EXACT])
         precise, same = GradedModel(artifact, dense).hidden(small.ids, At(ipn, ipn.grid[-1]))
     assert hidden.dtype == torch.float32
     assert float(read.mean()) == pytest.approx(float(same.mean()), rel=0.01)
@@ -107,9 +109,9 @@ def test_gradients_are_those_of_the_text(exact, monkeypatch):
     scales = [torch.rand(n, generator=generator) + 0.1 for n in (7, 5)]
     always = torch.randn(7, 5, generator=generator) * (torch.rand(7, 5, generator=generator) < 0.3)
     rest = Always(always), torch.zeros(7), torch.zeros(5), 0
-    group = GradedGroup("layers.0.o", torch.cat(units, 1), *scales, *rest)
+    group = GradedGroup("layers.0.o", FloatSlices(torch.cat(units, 1), 3), *scales, *rest)
     planes = [scales[0][:, None] * unit * scales[1] for unit in units]
-    monkeypatch.setattr(digits, "CHUNK", 15)  # three tokens at a time
+    monkeypatch.setattr(slices, "CHUNK", 15)  # three tokens at a time
     a, score = (torch.randn(4, 5, generator=generator, requires_grad=True) for _ in range(2))
     theta, tau = torch.tensor([-0.5, 0.1, 0.6], requires_grad=True), 0.7
     learned = [torch.zeros(s, requires_grad=True) for s in ((7, 5), 7, 5)]
@@ -142,7 +144,7 @@ def test_the_heads_gradient_is_autograds_masks_held(made, small, exact, monkeypa
     score, theta = (t.detach() for t in at.scores("head", a[0]))
     masks = (score > theta[:, None, None]).float()
     assert 0 < masks.mean() < 1
-    planes = group.planes.float().view(group.out, -1, group.inputs)
+    planes = group.slices.planes.float().view(group.out, -1, group.inputs)
     weights = planes * group.rows[:, None, None] * group.cols
     logits = F.linear(a, group.always.dense()) + group.bias
     logits = logits + sum(F.linear(a * mask, weights[:, k]) for k, mask in enumerate(masks))
@@ -160,16 +162,16 @@ def test_codes_are_those_of_the_file(made, name, exact, monkeypatch):
     whole = np.concatenate([group.dequantise(i, group.slices) for i in range(len(group.linears))])
     values = torch.from_numpy(whole / np.float32(group.shrink[-1]))
     assert torch.equal(code.digits(values / code.rows / code.cols), code.stored)
-    planes = [code.rows * plane * code.cols for plane in code.planes(code.stored).chunk(group.slices, 1)]
+    planes = [code.rows * plane * code.cols for plane in code.coded(code.stored).planes.chunk(group.slices, 1)]
     for level in range(1, group.slices + 1):
         stored = np.concatenate([group.dequantise(i, level) for i in range(len(group.linears))])
         ours = sum(planes[:level]).numpy()
         exact_columns = group.exact_channels
         ours[:, exact_columns] = stored[:, exact_columns]  # their masks are closed, whatever their digits are
         np.testing.assert_allclose(ours, stored, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(digits, "CHUNK", 3 * group.in_features)
+    monkeypatch.setattr(slices, "CHUNK", 3 * group.in_features)
     zero = torch.zeros(len(values)), torch.zeros(group.in_features)
-    assert torch.equal(code.of(values, *zero)[0], code.planes(code.digits(values)))
+    assert torch.equal(code.of(values, *zero)[0].planes, code.coded(code.digits(values)).planes)
     far = torch.full_like(values, 1e6)
     kept = code.digits(far)
     assert torch.equal(kept[code.fixed], code.stored[code.fixed]) and (kept[~code.fixed] == 63).all()

@@ -305,6 +305,45 @@ def test_training_goes_on_from_the_network_that_is_there(source, tmp_path, monke
     assert learn_ipn(tmp_path / "first", source / "model", tmp_path / "wider", wider, source / "text")["probe_ratio"]
 
 
+def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, monkeypatch):
+    learn_ipn(source / "artifact", source / "model", tmp_path / "first", FAST, source / "text")
+    monkeypatch.setattr(run_ipn, "fit_probes", None)  # not asked for
+    compress(source / "model", tmp_path / "low", calibration=source / "text", feedback="low")
+    idle = dataclasses.replace(FAST, steps=0)
+    given = tmp_path / "low", source / "model", tmp_path / "out", idle, source / "text"
+    done = learn_ipn(*given, network=tmp_path / "first")
+    assert done["probe_ratio"] is None
+    taken, from_, low = tensors(tmp_path / "out"), tensors(tmp_path / "first"), tensors(tmp_path / "low")
+    for name in (n for n in from_ if "ipn_" in n):
+        np.testing.assert_allclose(taken[name], from_[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    assert np.array_equal(taken[weight], low[weight]) and not np.array_equal(taken[weight], from_[weight])
+    joint = dataclasses.replace(FAST, steps=1, weight_rate=0.001)
+    learn_joint(
+        source / "model", tmp_path / "joint", joint, tmp_path / "low", source / "text", network=tmp_path / "out"
+    )
+    assert open_artifact(tmp_path / "joint").manifest.stats["learned"]["joint"]
+
+
+def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
+    given = source / "artifact", source / "model", tmp_path / "out", FAST, source / "text"
+    with pytest.raises(LowtideError, match="artifact: has no importance prediction network; wanted is one with 4"):
+        learn_ipn(*given, network=source / "artifact")
+    wide = dataclasses.replace(FAST, steps=0, features=5)
+    learn_ipn(source / "artifact", source / "model", tmp_path / "wide", wide, source / "text")
+    with pytest.raises(LowtideError, match="wide: its network has 5 features; wanted is one with 4"):
+        learn_ipn(*given, network=tmp_path / "wide")
+    values = {n: small.source.tensor(n).numpy() * 1.1 for n in small.source.names()}
+    write_folder(type(small.source)(small.source.config, values, small.source.tokenizer_files()), tmp_path / "other")
+    compress(tmp_path / "other", tmp_path / "others", calibration=source / "text")
+    with pytest.raises(LowtideError, match="others: its network is of another model"):
+        learn_ipn(*given, network=tmp_path / "others")
+    compress(source / "model", tmp_path / "four", calibration=source / "text", bits_max=4)
+    with pytest.raises(LowtideError, match="four: its network is for other budgets or slices"):
+        learn_ipn(*given, network=tmp_path / "four")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_weights_rate_falls_with_the_width(source, tmp_path, monkeypatch):
     assert run_ipn.rate_for(288) == run_ipn.rate_for(64) == 0.003
     assert run_ipn.rate_for(576) == pytest.approx(0.00075) and run_ipn.rate_for(8192) == 1e-4

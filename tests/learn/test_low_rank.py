@@ -40,7 +40,7 @@ def place(small, tmp_path_factory):
 @pytest.fixture
 def made(place, monkeypatch):
     """Artifact, dense model and a network, products in float32."""
-    monkeypatch.setattr(products, "_chosen", [torch.float32])
+    monkeypatch.setattr(products, "_chosen", [products.EXACT])
     artifact = open_artifact(place / "artifact")
     grid, tables = budget_tables(artifact)
     importance = {n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in artifact.groups.items()}

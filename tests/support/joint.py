@@ -61,7 +61,7 @@ def make_learner(source: Path, parallel: Parallel) -> Learner:
 def precise() -> Iterator[None]:
     """Products in float32: processes agree but for the order of sums."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_chosen", [torch.float32])
+        patch.setattr(products, "_chosen", [products.EXACT])
         yield
 
 

@@ -12,6 +12,7 @@ from lowtide.cli.options import (
     Force,
     Json,
     Model,
+    Network,
     Out,
     Resume,
     StepWindows,
@@ -105,6 +106,7 @@ def ipn(
     ] = "hinge",
     l1: Annotated[float, typer.Option("--l1", help="Weight of the l1 term.")] = 1.0,
     consistency: Consistency = 0.0,
+    network: Network = None,
     seed: TrainingSeed = 0,
     resume: Resume = True,
     force: Force = False,
@@ -134,7 +136,7 @@ def ipn(
         seed=seed,
     )
     with progress_bar() as report:
-        figures = learn_ipn(artifact, model, out, options, text, tokens, resume, force, report)
+        figures = learn_ipn(artifact, model, out, options, text, tokens, resume, force, report, network)
     _tell(figures, json)
 
 
@@ -161,6 +163,7 @@ def joint(
         int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights, which is better.")
     ] = 0,
     consistency: Consistency = 0.0,
+    network: Network = None,
     seed: TrainingSeed = 0,
     resume: Resume = True,
     force: Force = False,
@@ -195,7 +198,7 @@ def joint(
         seed=seed,
     )
     with progress_bar() as report:
-        figures = learn_joint(model, out, options, artifact, text, tokens, None, resume, force, report)
+        figures = learn_joint(model, out, options, artifact, text, tokens, None, resume, force, report, network)
     _tell(figures, json)
 
 

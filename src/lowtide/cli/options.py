@@ -64,6 +64,10 @@ TrainingText: TypeAlias = Annotated[
 ]
 TrainingTokens: TypeAlias = Annotated[int, typer.Option("--tokens", help="Tokens of the text, at most.")]
 StepWindows: TypeAlias = Annotated[int, typer.Option("--windows", help="Windows of a step; fewer need less memory.")]
+Network: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(help="Another artifact of the model, whose network training begins with.", metavar="ARTIFACT"),
+]
 Consistency: TypeAlias = Annotated[float, typer.Option(help="Weight of the mask consistency term.")]
 TrainingSeed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of everything drawn.")]
 Resume: TypeAlias = Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")]

@@ -1,52 +1,82 @@
-"""What products run in that need not be exact: float32, or bfloat16 where the processor multiplies that much faster.
+"""What products run in that need not be exact: float32, or bfloat16 or int8 where the processor is that much faster.
 
-An AMD EPYC with AVX512_BF16 does; an Intel Xeon with the same flag, but without AMX, takes 1.8 times as long as in
-float32. The flags do not tell, so one product is timed, once a process. LOWTIDE_PRODUCTS=float32 or bfloat16 sets it,
-for the same result on any machine.
+An AMD EPYC with AVX512_BF16 is faster with bfloat16; an Intel Xeon with the same flag, but without AMX, takes 1.8 times
+as long as in float32, and a quarter of that with int8. Flags do not tell, so one product of each is timed, once a
+process. LOWTIDE_PRODUCTS=float32, bfloat16 or int8 sets it, for the same result on any machine.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from lowtide.errors import LowtideError
 
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VARIABLE = "LOWTIDE_PRODUCTS"
-AHEAD = 1.2
-"""How much faster bfloat16 must be: it is less exact, but takes half the memory."""
+AHEAD, INTEGERS_AHEAD = 1.2, 2.0
+"""How much faster bfloat16 and int8 must be: they are less exact."""
 SHAPE = (256, 1024, 1024)
 ROUNDS = 5
-_chosen: list[torch.dtype] = []
 
 
-def product_type() -> torch.dtype:
-    """What products run in, the same for a whole process.
+@dataclass(frozen=True)
+class Products:
+    """floats: of products of floats; integers: whether those with digits run in int8."""
+
+    floats: torch.dtype
+    integers: bool = False
+
+
+EXACT = Products(torch.float32)
+TYPES = {"float32": EXACT, "bfloat16": Products(torch.bfloat16), "int8": Products(torch.float32, True)}
+_chosen: list[Products] = []
+
+
+def products() -> Products:
+    """The same for a whole process.
 
     Raises:
         LowtideError: LOWTIDE_PRODUCTS is none of the types.
     """
     if not _chosen:
         wanted = os.environ.get(VARIABLE)
-        if not wanted:
-            wanted = "bfloat16" if _seconds(torch.bfloat16) * AHEAD < _seconds(torch.float32) else "float32"
-        if wanted not in TYPES:
+        if wanted and wanted not in TYPES:
             raise LowtideError(f"{VARIABLE}={wanted}: known are {', '.join(TYPES)}")
-        _chosen.append(TYPES[wanted])
+        _chosen.append(TYPES[wanted] if wanted else _fastest())
     return _chosen[0]
 
 
+def product_type() -> torch.dtype:
+    """Of products of floats."""
+    return products().floats
+
+
+def int8_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x int8 [n, k] times w int8 [k, m], summed exactly: i32 [n, m]."""
+    return torch._int_mm(x, w)
+
+
+def _fastest() -> Products:
+    plain, half = _seconds(torch.float32), _seconds(torch.bfloat16)
+    floats = torch.bfloat16 if half * AHEAD < plain else torch.float32
+    return Products(floats, _seconds(torch.int8) * INTEGERS_AHEAD < min(plain, half))
+
+
 def _seconds(kind: torch.dtype) -> float:
-    """The best of a few products, as other work on the machine only adds."""
+    """The best of a few products, as other work on the machine only adds; infinite if there is no such product."""
     tokens, inputs, out = SHAPE
     x, w = torch.ones(tokens, inputs, dtype=kind), torch.ones(out, inputs, dtype=kind)
     found = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        F.linear(x, w)
+        try:
+            int8_product(x, w.T) if kind == torch.int8 else F.linear(x, w)
+        except (AttributeError, NotImplementedError, RuntimeError):  # an older torch, or another processor
+            return math.inf
         found.append(time.perf_counter() - began)
     return min(found)

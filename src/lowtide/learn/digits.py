@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from lowtide.compress.products import product_type
+from lowtide.compress.products import product_type, products
 from lowtide.format.groups import GroupTensors
-
-CHUNK = 1 << 16
-"""Values that elementwise passes take at a time: from memory they would cost as much as the products."""
+from lowtide.learn.slices import MOST_SLICES, FloatSlices, IntegerSlices, Slices, chunks
 
 
 class Code:
@@ -25,6 +25,7 @@ class Code:
         self.cols = torch.from_numpy(group.col_scale.astype(np.float32))
         self._base = self.rows, self.cols
         self.shrink = [float(s) for s in group.shrink]
+        self.centres = group.centres
         halves = [c / 2 for c in group.centres]
         self.offsets = [sum(t * 4.0**-s for s, t in enumerate(halves[: n + 1])) for n in range(self.slices)]
         self.stored = torch.from_numpy(group.codes())
@@ -60,15 +61,32 @@ class Code:
         rows, cols = self._base
         self.rescale(rows * log_rows.exp()[:, None], cols * log_cols.exp())
 
-    def planes(self, digits: torch.Tensor) -> torch.Tensor:
-        """What every slice adds, in units of the scales: [out, S * in], slices side by side."""
-        found = torch.empty(len(digits), self.slices * len(self.cols), dtype=product_type())
+    def coded(self, digits: torch.Tensor) -> Slices:
+        """Slices of codes u8 [out, in]."""
+        made, fill = self._begin(*digits.shape)
         for part in chunks(*digits.shape):
-            self._fill(digits[part].float(), found[part])
-        return found
+            fill(digits[part].float(), part)
+        return made
 
-    def _fill(self, q: torch.Tensor, planes: torch.Tensor) -> None:
-        """Planes of some rows' codes f32."""
+    def _begin(self, out: int, inputs: int) -> tuple[Slices, Callable[[torch.Tensor, slice], None]]:
+        """Slices to be filled, some rows' codes f32 at a time, in the type that products run in."""
+        if products().integers and self.slices <= MOST_SLICES:
+            digits = torch.empty(out, self.slices * inputs, dtype=torch.int8)
+            return IntegerSlices(digits, self.shrink), lambda q, part: self._fill_digits(q, digits[part])
+        planes = torch.empty(out, self.slices * inputs, dtype=product_type())
+        return FloatSlices(planes, self.slices), lambda q, part: self._fill_planes(q, planes[part])
+
+    def _fill_digits(self, q: torch.Tensor, digits: torch.Tensor) -> None:
+        """2 (d - t) of every slice, times 4^(S - 1 - s), [rows, S * in]."""
+        before: torch.Tensor | None = None
+        for level, (slot, centre) in enumerate(zip(digits.chunk(self.slices, 1), self.centres, strict=True), 1):
+            upto = (q * 4.0 ** (level - self.slices)).floor_()
+            own = upto if before is None else upto - 4 * before
+            slot.copy_((2 * own - centre) * 4.0 ** (self.slices - level))
+            before = upto
+
+    def _fill_planes(self, q: torch.Tensor, planes: torch.Tensor) -> None:
+        """What every slice adds, [rows, S * in]."""
         last: torch.Tensor | None = None
         for level, plane in enumerate(planes.chunk(self.slices, 1), 1):
             shrink = self.shrink[level - 1]
@@ -77,23 +95,17 @@ class Code:
             plane.copy_(value if last is None else value - last)
             last = value
 
-    def of(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Planes and scales, f32 [out] and [in], of a weight f32 [out, in], its log_rows and log_cols."""
+    def of(self, *parameters: torch.Tensor | None) -> tuple[Slices, torch.Tensor, torch.Tensor]:
+        """Slices and scales, f32 [out] and [in], of a weight f32 [out, in], its log_rows and log_cols."""
         weight, log_rows, log_cols = parameters
         assert weight is not None and log_rows is not None and log_cols is not None
         self.rescale_by(log_rows, log_cols)
         out, inputs = weight.shape
-        planes = torch.empty(out, self.slices * inputs, dtype=product_type())
+        made, fill = self._begin(out, inputs)
         parts = chunks(out, inputs)
         ends = torch.searchsorted(self._places, torch.tensor([part.stop * inputs for part in parts])).tolist()
         for part, first, last in zip(parts, [0, *ends], ends, strict=False):
             q = self._coded(weight[part])
             q.view(-1).index_copy_(0, self._places[first:last] - part.start * inputs, self._kept[first:last].float())
-            self._fill(q, planes[part])
-        return planes, self.rows[:, 0], self.cols
-
-
-def chunks(rows: int, columns: int) -> list[slice]:
-    """Runs of rows so few that several passes over them in float32 stay in a core's cache."""
-    count = max(1, CHUNK // columns)
-    return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
+            fill(q, part)
+        return made, self.rows[:, 0], self.cols

@@ -7,8 +7,9 @@ of their scales, w_ij = r_i c_j z_ij: z takes the gradient of a code without rou
 what level a channel is read at does not matter to a weight that moves less than its step; r and c take the exact one,
 digits held (after LSQ, arXiv 1902.08153).
 
-Products run in bfloat16 on processors that are faster with it (`lowtide.compress.products`); sums, norms, softmax and
-the KL stay in float32. The int8 coefficients of the engines are left out: they cost less than a training step moves.
+Products run in int8 or bfloat16 on processors that are faster with it (`lowtide.compress.products`,
+`lowtide.learn.slices`); sums, norms, softmax and the KL stay in float32. The gradient is that of coefficients that are
+not rounded.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
 from lowtide.learn.always import Always
-from lowtide.learn.digits import Code, chunks
+from lowtide.learn.digits import Code
 from lowtide.learn.shards import whole
+from lowtide.learn.slices import Slices, chunks
 
 FEATURE_GROUPS = {"qkv": "qkv", "o": "qkv", "gate_up": "gate_up", "down": "gate_up"}
 """Whose input the probe reads that serves a group."""
@@ -56,7 +58,7 @@ class Masks(Protocol):
 class GradedGroup:
     """One group: what slices add, and what is always read.
 
-    planes: [out, S * in] in the type of products, D_k / (r_i c_j) side by side, which depends on the digits only;
+    slices: what they add, D_k / (r_i c_j), which depends on the digits only;
     rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; side_bits: read whatever the mask.
     learned, under training: weight z f32 [out, in] in units of r_i c_j, or, of low rank, `up` f32 [out, R] and `down`
@@ -65,7 +67,7 @@ class GradedGroup:
     """
 
     name: str
-    planes: torch.Tensor
+    slices: Slices
     rows: torch.Tensor
     cols: torch.Tensor
     always: Always
@@ -99,15 +101,15 @@ class GradedGroup:
             weight = weight + t["up"] @ t["down"]
         return weight, t["log_rows"], t["log_cols"]
 
-    def coded(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """planes, rows and cols for the `parameters()` given; here they are at hand (`GradedModel.refresh`)."""
-        return self.planes, self.rows, self.cols
+    def coded(self, *parameters: torch.Tensor | None) -> tuple[Slices, torch.Tensor, torch.Tensor]:
+        """slices, rows and cols for the `parameters()` given; here they are at hand (`GradedModel.refresh`)."""
+        return self.slices, self.rows, self.cols
 
 
 class _Product(torch.autograd.Function):
     """(y, slices open for each token): y = sum_k D_k (a * m_k) + always a, m_k = [score > theta_k], a = x for exact
-    channels; see the module's text for the gradients. All slices are one product; what goes into it and what comes back
-    takes some tokens at a time through every elementwise pass. Masks are made again on the way back: kept, they would
+    channels; see the module's text for the gradients. What comes back takes some tokens at a time through every
+    elementwise pass. Masks are made again on the way back: kept, they would
     take most of the memory."""
 
     @staticmethod
@@ -122,38 +124,29 @@ class _Product(torch.autograd.Function):
         group: GradedGroup,
         tau: float,
     ) -> Any:
-        planes, rows, cols = group.coded(weight, log_rows, log_cols)
-        cuts, tokens = theta.tolist(), len(a)
-        read, count = torch.empty(tokens, planes.shape[1], dtype=product_type()), torch.zeros(tokens)
-        for part in chunks(*a.shape):
-            scaled = a[part] * cols
-            mask = torch.empty_like(scaled)
-            for t, slot in zip(cuts, read[part].chunk(len(cuts), 1), strict=True):
-                count[part] += torch.gt(score[part], t, out=mask).sum(1)
-                slot.copy_(mask.mul_(scaled))
-        coded = F.linear(read, planes)
+        slices, rows, cols = group.coded(weight, log_rows, log_cols)
+        coded, count = slices.read(a, cols, score, theta.tolist())
         ctx.train_weight = weight is not None
         ctx.save_for_backward(a, score, theta, *([coded, weight, log_rows, log_cols] if ctx.train_weight else []))
         ctx.group, ctx.tau = group, tau
-        y = coded.float() * rows
+        y = coded * rows
         group.always.add(y, a)
         return y, count
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         a, score, theta, *kept = ctx.saved_tensors
-        planes, rows, cols = ctx.group.coded(*kept[1:])
+        slices, rows, cols = ctx.group.coded(*kept[1:])
         own = grads[0] * rows
         g = own.to(product_type())
-        passed = g @ planes
+        back = slices.back(own)
         grad_a, grad_score, grad_theta = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(theta)
         grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=g.dtype)
         for part in chunks(*a.shape):
             scaled, opened = a[part] * cols, grads[1][part][:, None]
             mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
             through, pull = torch.zeros_like(scaled), torch.zeros_like(scaled)
-            for k, (t, slot) in enumerate(zip(theta.tolist(), passed[part].chunk(len(theta), 1), strict=True)):
-                moved = slot.float()
+            for k, (t, moved) in enumerate(zip(theta.tolist(), back(part), strict=True)):
                 through.addcmul_(moved, torch.gt(score[part], t, out=mask))
                 torch.sub(score[part], t, out=soft).div_(ctx.tau).sigmoid_()
                 soft.addcmul_(soft, soft, value=-1)  # the sigmoid's slope
@@ -245,7 +238,7 @@ class GradedModel:
         """Code the weights as they are now."""
         for name, code in self.codes.items():
             group = self.groups[name]
-            group.planes, group.rows, group.cols = code.of(*group.parameters())
+            group.slices, group.rows, group.cols = code.of(*group.parameters())
 
     @torch.no_grad()
     def trained(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -339,7 +332,7 @@ def low_rank(units: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
 def _group(group: GroupTensors, code: Code) -> GradedGroup:
     return GradedGroup(
         name=group.name,
-        planes=code.planes(code.stored),
+        slices=code.coded(code.stored),
         rows=code.rows[:, 0],
         cols=code.cols,
         always=Always(torch.from_numpy(group.always())),

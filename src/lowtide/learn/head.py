@@ -64,20 +64,21 @@ class _Masked:
     """The head's product for a few tokens x f32 [T, D], with scores f32 [T, D] and thresholds f32 [S], log2."""
 
     def __init__(self, head: GradedGroup, x: torch.Tensor, score: torch.Tensor, theta: torch.Tensor) -> None:
-        self._head, self._a = head, x - head.mean
-        self._scales = (score[:, None] > theta[:, None]) * head.cols  # [T, S, D], 0 where masked
+        self._head, self._a, self._score, self._cuts = head, x - head.mean, score, theta.tolist()
 
     def forward(self) -> torch.Tensor:
         """Logits f32 [T, V]."""
-        read = (self._scales * self._a[:, None]).flatten(1)
-        y = F.linear(read.to(product_type()), self._head.planes).float().mul_(self._head.rows)
+        y, _ = self._head.slices.read(self._a, self._head.cols, self._score, self._cuts)
+        y.mul_(self._head.rows)
         self._head.always.add(y, self._a)
         return y.add_(self._head.bias)
 
     def backward(self, g: torch.Tensor) -> torch.Tensor:
         """What the logits' gradient f32 [T, V] says of x, f32 [T, D]."""
-        passed = ((g * self._head.rows).to(product_type()) @ self._head.planes).float()
-        found = passed.view_as(self._scales).mul_(self._scales).sum(1)
+        found = torch.zeros_like(self._a)
+        for t, moved in zip(self._cuts, self._head.slices.back(g * self._head.rows)(slice(0, len(g))), strict=True):
+            found += moved.mul_(self._score > t)
+        found *= self._head.cols
         self._head.always.add_back(found, g)
         return found
 

@@ -53,6 +53,7 @@ def learn_ipn(
     resume: bool = True,
     force: bool = False,
     report: Report = lambda *_: None,
+    network: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train an importance prediction network for an artifact; the model's weights stay as they are.
 
@@ -65,6 +66,7 @@ def learn_ipn(
         text: UTF-8 file; by default the model writes its own.
         tokens: of it, at most.
         resume, force, report: as everywhere.
+        network: another artifact of the same model, whose network is where training begins, e.g. one without feedback.
 
     Returns:
         Figures: held-out `before` and `after` at a few budgets, steps, best_step, trained_tokens, probe_ratio, ...
@@ -75,7 +77,7 @@ def learn_ipn(
     """
     team = join(options.windows, weights=False)
     target, opened = Path(out).absolute(), open_artifact(artifact)
-    return _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
+    return _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report, network)
 
 
 def rate_for(hidden: int) -> float:
@@ -95,6 +97,7 @@ def learn_joint(
     resume: bool = True,
     force: bool = False,
     report: Report = lambda *_: None,
+    network: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train the model's weights and its importance prediction network together, and write an ordinary artifact.
 
@@ -104,7 +107,7 @@ def learn_joint(
         options: how to train; `weight_rate` above 0, or None.
         artifact: an artifact of the model to begin with, its network too as in `learn_ipn`; by default the model is
             compressed first, on `calibration` or `text`.
-        text, tokens, resume, force, report: see `learn_ipn`.
+        text, tokens, resume, force, report, network: see `learn_ipn`.
     """
     if options.weight_rate is None:
         options = dataclasses.replace(options, weight_rate=rate_for(open_source(model).config.hidden_size))
@@ -125,7 +128,7 @@ def learn_joint(
         team.wait()
         artifact = start / "artifact"
     opened = open_artifact(artifact)
-    done = _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report)
+    done = _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report, network)
     if team.main:
         shutil.rmtree(start, ignore_errors=True)
     return done
@@ -143,6 +146,7 @@ def _learn(
     resume: bool,
     force: bool,
     report: Report,
+    network: str | Path | None,
 ) -> dict[str, Any]:
     began = time.monotonic()
     report = report if team.main else lambda *_: None
@@ -155,8 +159,9 @@ def _learn(
         )
     if tokens < 1:
         raise LowtideError(f"--tokens {tokens}: must be 1 or more")
-    goes_on = _goes_on(artifact, options)
-    grid, tables = budget_tables(artifact, "ipn" if goes_on else "channel-norm")
+    first = artifact if network is None else _network_of(network, artifact, options)
+    goes_on = _goes_on(first, options)
+    grid, tables = budget_tables(first, "ipn" if goes_on else "channel-norm")
     if not grid[0] <= options.bits[0] < options.bits[1] <= grid[-1]:
         low, high = options.bits
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
@@ -165,11 +170,12 @@ def _learn(
         ids = _windows(team, dense, text, tokens, options, report)
         ipn = _network(artifact, grid, tables, options)
         if goes_on:
-            take_stored(ipn, artifact)
+            take_stored(ipn, first)
         for name, group in graded.groups.items():
             group.side_bits += ipn.side_bits(name)
         learner = Learner(graded, ipn, ids, options, team)
         parts = [(folder / "lowtide.json").read_bytes(), ids.numpy().tobytes()]
+        parts += [] if network is None else [(Path(network) / "lowtide.json").read_bytes()]
         key = json.dumps([TRAINER, asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
         work = out.with_name(out.name + ".partial")
         if team.main:
@@ -198,6 +204,20 @@ def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
     """Whether training begins with the network that the artifact has: if it is of the size asked for."""
     has = artifact.manifest.ipn
     return has is not None and has["features"] == options.features and set(options.parts) == set(Ipn.PARTS)
+
+
+def _network_of(network: str | Path, artifact: Artifact, options: IpnOptions) -> Artifact:
+    """The artifact that `network` names, whose network must fit."""
+    found = open_artifact(network)
+    if found.manifest.model_id != artifact.manifest.model_id:
+        raise LowtideError(f"{network}: its network is of another model than the artifact")
+    if found.manifest.slices != artifact.manifest.slices or found.manifest.budgets != artifact.manifest.budgets:
+        raise LowtideError(f"{network}: its network is for other budgets or slices than the artifact's")
+    if not _goes_on(found, options):
+        has = found.manifest.ipn
+        what = "has no importance prediction network" if has is None else f"its network has {has['features']} features"
+        raise LowtideError(f"{network}: {what}; wanted is one with {options.features}, all of whose parts learn")
+    return found
 
 
 def _check_out(out: Path, force: bool) -> None:

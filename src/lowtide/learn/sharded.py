@@ -22,10 +22,10 @@ from torch.distributed.fsdp import fully_shard
 
 from lowtide.arch import GROUPS
 from lowtide.compress.dense import DenseModel
-from lowtide.compress.products import product_type
 from lowtide.format.reader import Artifact
 from lowtide.learn.digits import Code
 from lowtide.learn.graded import GradedGroup, GradedModel, Masks
+from lowtide.learn.slices import FloatSlices, Slices
 
 
 class ShardedModel(GradedModel):
@@ -99,11 +99,11 @@ class _Whole(nn.Module):
 
 @dataclass
 class _ThinGroup(GradedGroup):
-    """A group that holds no planes."""
+    """A group that holds no digits."""
 
     code: Code | None = None
 
-    def coded(self, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def coded(self, *parameters: torch.Tensor | None) -> tuple[Slices, torch.Tensor, torch.Tensor]:
         """Made from the parameters, which are whole."""
         assert self.code is not None
         return self.code.of(*parameters)
@@ -112,6 +112,6 @@ class _ThinGroup(GradedGroup):
 def _thin(group: GradedGroup, code: Code) -> GradedGroup:
     """The group without what its weights tell."""
     code.thin()
-    nothing = torch.empty(0, dtype=product_type())
+    nothing = FloatSlices(torch.empty(0), 0)
     fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.side_bits)
     return _ThinGroup(group.name, nothing, *fields, learned=group.learned, code=code)
