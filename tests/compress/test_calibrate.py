@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lowtide.compress import calibrate
 from lowtide.compress.calibrate import SAMPLE_STRIDE, block_pass, head_pass
-from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
+from lowtide.compress.dense import DenseModel, decoder_block, draw, rms_norm, rope_tables
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def whole_gradients(model, ids, seed):
         x = decoder_block(model.config, (block.input_norm, block.post_norm), x, apply, rope)
     logits = F.linear(rms_norm(x, model.final_norm, model.config.rms_eps), model.head_weight)
     flat = logits.reshape(-1, logits.shape[-1])
-    labels = torch.multinomial(torch.softmax(flat.detach(), -1), 1, generator=torch.Generator().manual_seed(seed))
-    F.cross_entropy(flat, labels[:, 0], reduction="sum").backward()
+    labels = draw(torch.softmax(flat.detach(), -1), torch.Generator().manual_seed(seed))
+    F.cross_entropy(flat, labels, reduction="sum").backward()
     return seen, first.grad, flat.detach()
 
 

@@ -147,3 +147,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 def test_the_last_likely_token_is_drawn_at_the_end_of_the_sum(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.ones(*shape))
     assert draw(torch.tensor([[0.25, 0.75]]), torch.Generator()).tolist() == [1]
+
+
+def test_damaged_weights_draw_nothing():
+    with pytest.raises(LowtideError, match="output is not finite"):
+        draw(torch.tensor([[0.5, 0.5], [float("nan"), 1.0]]), torch.Generator())

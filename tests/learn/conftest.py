@@ -10,7 +10,7 @@ import torch
 from support.tiny import Tiny, make_tokenizer
 from support.twin import TwinSource, write_folder
 
-from lowtide.compress import compress
+from lowtide.compress import compress, products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.prune.problems import layer_problems
 from lowtide.compress.sources.base import expected_shapes
@@ -29,6 +29,15 @@ class Small:
 
     def task(self) -> Task:
         return Task.of(self.model, self.ids, layer_problems(self.model, self.ids, 0))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def products_in_float32():
+    """Here and in the processes that tests launch: not what this machine is fastest with. Tests of others say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWTIDE_PRODUCTS", "float32")
+        patch.setattr(products, "_chosen", [])
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

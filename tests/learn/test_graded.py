@@ -21,7 +21,7 @@ from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
-from lowtide.learn.slices import FloatSlices
+from lowtide.learn.slices import FloatSlices, IntegerSlices
 from lowtide.rules import get_rule
 from lowtide.runtime.budget import policy_params
 
@@ -98,9 +98,30 @@ def test_other_products_change_little(made, small, monkeypatch, kind):
         hidden, read = model.hidden(small.ids, At(ipn, ipn.grid[-1]))  # read in full: no mask may tip over
         monkeypatch.setattr(products, "_chosen", [products.EXACT])
         precise, same = GradedModel(artifact, dense).hidden(small.ids, At(ipn, ipn.grid[-1]))
+    assert isinstance(model.groups["layers.0.o"].slices, IntegerSlices if kind == "int8" else FloatSlices)
     assert hidden.dtype == torch.float32
     assert float(read.mean()) == pytest.approx(float(same.mean()), rel=0.01)
-    assert float((hidden - precise).norm() / precise.norm()) < 0.05
+    assert 0 < float((hidden - precise).norm() / precise.norm()) < 0.05
+
+
+def test_gradients_in_int8_are_near(made, small, monkeypatch):
+    artifact, dense = made
+    found = []
+    for kind in ("float32", "int8"):
+        monkeypatch.setattr(products, "_chosen", [products.TYPES[kind]])
+        model, ipn = GradedModel(artifact, dense, train_weights=True), untrained(artifact)
+        model.refresh()
+        at = At(ipn, ipn.grid[-1])
+        hidden, read = model.hidden(small.ids[:2], at)
+        loss = head_kl(model, hidden, dense.hidden(small.ids[:2]), dense.head_weight, at)
+        (loss.log() + read.mean()).backward()
+        found.append({n: p.grad for n, p in (*model.parameters().items(), *ipn.table.items()) if p.grad is not None})
+    precise, ours = found
+    assert ours.keys() == precise.keys() and any(n.endswith("delta") for n in ours)
+    for name, grad in precise.items():
+        if grad.any():
+            near = torch.nn.functional.cosine_similarity(ours[name].flatten(), grad.flatten(), 0)
+            assert float(near) > 0.98, name
 
 
 def test_gradients_are_those_of_the_text(exact, monkeypatch):

@@ -14,6 +14,7 @@ from lowtide.learn.ipn import LIMIT, At, Ipn
 from lowtide.learn.ipn_export import SAMPLE, _stride, _trained_budgets, as_stored
 from lowtide.learn.ipn_loss import Prices, loss_of, mean_open, unrest
 from lowtide.learn.sensitivity import Sensitivities, cost, fit_probes
+from lowtide.learn.slices import FloatSlices
 
 GRID = [2.0, 3.0, 4.0, 6.0]
 NAMES = {"qkv": 6, "o": 5, "gate_up": 6, "down": 8}
@@ -123,7 +124,7 @@ def test_parts_that_do_not_learn_are_not_there():
 def group_of(name: str, out: int, inputs: int) -> GradedGroup:
     nothing = Always(torch.zeros(out, inputs))
     scales = torch.ones(out), torch.ones(inputs)
-    return GradedGroup(name, torch.zeros(0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), 0)
+    return GradedGroup(name, FloatSlices(torch.zeros(0), 0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), 0)
 
 
 class Model:

@@ -14,7 +14,7 @@ from support.twin import write_folder
 
 import lowtide
 from lowtide.cli import learn
-from lowtide.compress import compress
+from lowtide.compress import compress, products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
@@ -327,7 +327,7 @@ def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, 
 
 def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
     given = source / "artifact", source / "model", tmp_path / "out", FAST, source / "text"
-    with pytest.raises(LowtideError, match="artifact: has no importance prediction network; wanted is one with 4"):
+    with pytest.raises(LowtideError, match="artifact: has no importance prediction network; wanted is one with 4$"):
         learn_ipn(*given, network=source / "artifact")
     wide = dataclasses.replace(FAST, steps=0, features=5)
     learn_ipn(source / "artifact", source / "model", tmp_path / "wide", wide, source / "text")
@@ -339,9 +339,22 @@ def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
     with pytest.raises(LowtideError, match="others: its network is of another model"):
         learn_ipn(*given, network=tmp_path / "others")
     compress(source / "model", tmp_path / "four", calibration=source / "text", bits_max=4)
-    with pytest.raises(LowtideError, match="four: its network is for other budgets or slices"):
+    with pytest.raises(LowtideError, match="four: its network is for other budgets or exact channels"):
         learn_ipn(*given, network=tmp_path / "four")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(LowtideError, match="--parts offset: all of them learn where --network is given"):
+        learn_ipn(*given[:3], dataclasses.replace(FAST, parts=("offset",)), source / "text", network=tmp_path / "wide")
+    with pytest.raises(LowtideError, match="nowhere"):
+        joint = dataclasses.replace(FAST, weight_rate=0.001)
+        learn_joint(source / "model", tmp_path / "out", joint, None, source / "text", network=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
+
+
+def test_joint_training_in_int8_helps_too(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "_chosen", [products.TYPES["int8"]])
+    options = IpnOptions(steps=20, bits=(4.0, 5.0), focus=0.7, windows=4, features=4, check_every=10, weight_rate=0.004)
+    figures = learn_joint(source / "model", tmp_path / "out", options, source / "artifact", source / "text")
+    values = {h["step"]: h["value"] for h in figures["history"]}
+    assert figures["best_step"] > 0 and values[figures["best_step"]] < values[0]
 
 
 def test_the_weights_rate_falls_with_the_width(source, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from lowtide.format.reader import open_artifact
 from lowtide.learn import run_ipn
 from lowtide.learn.graded import GradedModel, budget_tables, low_rank
 from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.ipn_export import write_weights
 from lowtide.learn.ipn_train import IpnOptions, Learner
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_joint
@@ -69,8 +70,9 @@ def test_factors_learn_and_the_weights_stay(made, small):
     for step in range(2):  # the first moves `up` alone: `down` has no gradient while `up` is 0
         learner.step(step, optimiser)
     assert torch.equal(group.learned["weight"], before) and group.learned["weight"].grad is None
-    change = group.parameters()[0].detach() - before
-    assert change.abs().max() > 0 and torch.linalg.matrix_rank(change) <= RANK
+    added = (group.learned["up"] @ group.learned["down"]).detach()
+    assert added.abs().max() > 0 and added.shape == before.shape and group.learned["up"].shape[1] == RANK
+    assert torch.equal(group.parameters()[0], before + added)
 
 
 def test_a_factors_gradient_is_the_weights(made, small):
@@ -94,10 +96,32 @@ def test_rates_are_relative_to_the_weights(made, small):
     assert model.size_of("layers.0.o.down", learned["down"]) == pytest.approx(
         float(learned["down"].detach().pow(2).mean().sqrt())
     )
-    factors = low_rank(torch.zeros(40, 30), 8)
+    factors = low_rank(torch.zeros(40, 30), 8, seed=1)
     change = torch.sign(torch.randn(40, 8)) @ factors["down"]
     assert float(change.pow(2).mean().sqrt()) == pytest.approx(1.0, rel=0.2)
-    assert low_rank(torch.zeros(4, 30), 8)["up"].shape == (4, 4)
+    assert low_rank(torch.zeros(4, 30), 8, seed=1)["up"].shape == (4, 4)
+
+
+def test_what_is_drawn_is_a_seeds_and_a_groups_own(made):
+    artifact, dense, _ = made
+    first, again, other = (GradedModel(artifact, dense, True, RANK, seed).groups for seed in (1, 1, 2))
+    down = [groups["layers.0.o"].learned["down"] for groups in (first, again, other)]
+    assert torch.equal(down[0], down[1]) and not torch.equal(down[0], down[2])
+    assert not torch.equal(down[0], first["layers.1.o"].learned["down"])
+
+
+def test_what_is_written_has_the_addition(made, tmp_path):
+    artifact, dense, _ = made
+    model = GradedModel(artifact, dense, True, RANK)
+    name = "layers.0.down"
+    group, code = model.groups[name], model.codes[name]
+    with torch.no_grad():
+        group.learned["up"].normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        whole = group.learned["weight"] + group.learned["up"] @ group.learned["down"]
+    model.refresh()
+    write_weights(artifact, model, tmp_path / "out", {})
+    stored = torch.from_numpy(open_artifact(tmp_path / "out").groups[name].codes())
+    assert torch.equal(stored, code.digits(whole)) and not torch.equal(stored, code.digits(group.learned["weight"]))
 
 
 def test_the_result_is_an_ordinary_artifact_that_is_better(place, tmp_path):
@@ -105,13 +129,14 @@ def test_the_result_is_an_ordinary_artifact_that_is_better(place, tmp_path):
     figures = learn_joint(place / "model", tmp_path / "out", options, place / "artifact", place / "text")
     values = {h["step"]: h["value"] for h in figures["history"]}
     assert figures["best_step"] > 0 and values[figures["best_step"]] < values[0]
-    old, new = (open_artifact(p).groups["layers.0.down"].codes() for p in (place / "artifact", tmp_path / "out"))
-    assert (old != new).any()
+    assert open_artifact(tmp_path / "out").manifest.stats["learned"]["joint"]
 
 
 def test_it_is_checked(place, tmp_path, monkeypatch):
     with pytest.raises(LowtideError, match="--rank -1: must be 0"):
         IpnOptions(rank=-1)
-    team = SimpleNamespace(mesh=object(), main=True)
+    monkeypatch.setattr(run_ipn, "join", lambda windows: SimpleNamespace(mesh=object(), main=True))
+    monkeypatch.setattr(run_ipn, "compress", None)  # nothing is begun
     with pytest.raises(LowtideError, match="--rank 3: not with --use_fsdp"):
-        run_ipn._model(team, None, None, True, RANK)
+        learn_joint(place / "model", tmp_path / "out", dataclasses.replace(OPTIONS, rank=RANK))
+    assert not list(tmp_path.iterdir())

@@ -254,8 +254,14 @@ class DenseModel:
 
 def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token i64 [B] from each of the distributions p f32 [B, V], by its cumulated probabilities: one random number
-    each, where torch.multinomial draws one for every word and takes longer than a small model."""
+    each, where torch.multinomial draws one for every word and takes longer than a small model.
+
+    Raises:
+        LowtideError: a distribution is not finite.
+    """
     up_to = p.cumsum(-1)
+    if not bool(up_to[:, -1].isfinite().all()):
+        raise LowtideError("the model's output is not finite: its weights are damaged")
     aim = torch.rand(len(p), 1, generator=generator) * up_to[:, -1:]
     return torch.searchsorted(up_to, aim, right=True)[:, 0].clamp_max(p.shape[1] - 1)
 

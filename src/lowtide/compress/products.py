@@ -1,13 +1,12 @@
 """What products run in that need not be exact: float32, or bfloat16 or int8 where the processor is that much faster.
 
 An AMD EPYC with AVX512_BF16 is faster with bfloat16; an Intel Xeon with the same flag, but without AMX, takes 1.8 times
-as long as in float32, and a quarter of that with int8. Flags do not tell, so one product of each is timed, once a
-process. LOWTIDE_PRODUCTS=float32, bfloat16 or int8 sets it, for the same result on any machine.
+as long as in float32, and a quarter of float32's time with int8. Flags do not tell, so one product of each is timed,
+once a process. LOWTIDE_PRODUCTS sets it, which a run must do that shall be repeated on another machine.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -33,7 +32,12 @@ class Products:
 
 
 EXACT = Products(torch.float32)
-TYPES = {"float32": EXACT, "bfloat16": Products(torch.bfloat16), "int8": Products(torch.float32, True)}
+TYPES = {
+    "float32": EXACT,
+    "bfloat16": Products(torch.bfloat16),
+    "int8": Products(torch.float32, True),
+    "int8-bfloat16": Products(torch.bfloat16, True),
+}
 _chosen: list[Products] = []
 
 
@@ -41,14 +45,33 @@ def products() -> Products:
     """The same for a whole process.
 
     Raises:
-        LowtideError: LOWTIDE_PRODUCTS is none of the types.
+        LowtideError: LOWTIDE_PRODUCTS is none of the types, or not to be had here.
     """
     if not _chosen:
         wanted = os.environ.get(VARIABLE)
-        if wanted and wanted not in TYPES:
-            raise LowtideError(f"{VARIABLE}={wanted}: known are {', '.join(TYPES)}")
-        _chosen.append(TYPES[wanted] if wanted else _fastest())
+        if wanted:
+            use(wanted, VARIABLE + "=")
+        else:
+            _chosen.append(_fastest())
     return _chosen[0]
+
+
+def use(name: str, where: str = "products ") -> None:
+    """Set it to one of TYPES.
+
+    Raises:
+        LowtideError: it is none of them, or products in int8 are not exact here; `where` begins the message.
+    """
+    if name not in TYPES:
+        raise LowtideError(f"{where}{name}: known are {', '.join(TYPES)}")
+    if TYPES[name].integers and not int8_is_exact():
+        raise LowtideError(f"{where}{name}: this processor or this torch does not sum products in int8 exactly")
+    _chosen[:] = [TYPES[name]]
+
+
+def name() -> str:
+    """Of the type in use, as LOWTIDE_PRODUCTS has it."""
+    return next(n for n, kind in TYPES.items() if kind == products())
 
 
 def product_type() -> torch.dtype:
@@ -57,26 +80,37 @@ def product_type() -> torch.dtype:
 
 
 def int8_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x int8 [n, k] times w int8 [k, m], summed exactly: i32 [n, m]."""
+    """x int8 [n, k] times w int8 [k, m]: i32 [n, m]; exact where `int8_is_exact` says so."""
     return torch._int_mm(x, w)
+
+
+def int8_is_exact() -> bool:
+    """Whether sums are right: without VNNI 128 is added to x, and pairs of products are added in 16 bits, which
+    saturate."""
+    x = torch.full((2, 64), 127, dtype=torch.int8)
+    x[1] = -127
+    w = torch.full((64, 3), 96, dtype=torch.int8)
+    w[:, 1], w[::2, 2] = -96, -96
+    try:
+        return bool(torch.equal(int8_product(x, w).long(), x.long() @ w.long()))
+    except (AttributeError, NotImplementedError, RuntimeError):  # an older torch, or another processor
+        return False
 
 
 def _fastest() -> Products:
     plain, half = _seconds(torch.float32), _seconds(torch.bfloat16)
     floats = torch.bfloat16 if half * AHEAD < plain else torch.float32
-    return Products(floats, _seconds(torch.int8) * INTEGERS_AHEAD < min(plain, half))
+    integers = int8_is_exact() and _seconds(torch.int8) * INTEGERS_AHEAD < min(plain, half)
+    return Products(floats, integers)
 
 
 def _seconds(kind: torch.dtype) -> float:
-    """The best of a few products, as other work on the machine only adds; infinite if there is no such product."""
+    """The best of a few products, as other work on the machine only adds."""
     tokens, inputs, out = SHAPE
     x, w = torch.ones(tokens, inputs, dtype=kind), torch.ones(out, inputs, dtype=kind)
     found = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        try:
-            int8_product(x, w.T) if kind == torch.int8 else F.linear(x, w)
-        except (AttributeError, NotImplementedError, RuntimeError):  # an older torch, or another processor
-            return math.inf
+        int8_product(x, w.T) if kind == torch.int8 else F.linear(x, w)
         found.append(time.perf_counter() - began)
     return min(found)

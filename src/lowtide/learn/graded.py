@@ -14,6 +14,7 @@ not rounded.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from torch import nn
 
 from lowtide.arch import GROUPS, LAYER_NORMS, norm_specs
 from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
-from lowtide.compress.products import product_type
+from lowtide.compress.products import EXACT, product_type, products
 from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
@@ -75,6 +76,8 @@ class GradedGroup:
     mean: torch.Tensor
     side_bits: int
     learned: nn.ParameterDict | None = None
+    thin = False
+    """Whether digits must be made from the parameters at every use."""
 
     @property
     def out(self) -> int:
@@ -109,8 +112,7 @@ class GradedGroup:
 class _Product(torch.autograd.Function):
     """(y, slices open for each token): y = sum_k D_k (a * m_k) + always a, m_k = [score > theta_k], a = x for exact
     channels; see the module's text for the gradients. What comes back takes some tokens at a time through every
-    elementwise pass. Masks are made again on the way back: kept, they would
-    take most of the memory."""
+    elementwise pass. Masks are made again on the way back: kept, they would take most of the memory."""
 
     @staticmethod
     def forward(
@@ -127,7 +129,10 @@ class _Product(torch.autograd.Function):
         slices, rows, cols = group.coded(weight, log_rows, log_cols)
         coded, count = slices.read(a, cols, score, theta.tolist())
         ctx.train_weight = weight is not None
-        ctx.save_for_backward(a, score, theta, *([coded, weight, log_rows, log_cols] if ctx.train_weight else []))
+        # What only rows' scales need is kept in half the bytes, unless all shall be exact.
+        short = coded if products() == EXACT else coded.to(torch.bfloat16)
+        again = (weight, log_rows, log_cols) if group.thin else (None, None, None)
+        ctx.save_for_backward(a, score, theta, *((short, *again) if ctx.train_weight else ()))
         ctx.group, ctx.tau = group, tau
         y = coded * rows
         group.always.add(y, a)
@@ -162,7 +167,8 @@ class _Product(torch.autograd.Function):
         ctx.group.always.add_back(grad_a, grads[0].contiguous())
         if not ctx.train_weight:
             return grad_a, grad_score, grad_theta, None, None, None, None, None
-        grad_weight, grad_rows = (g.T @ read).float(), own.mul_(kept[0]).sum(0)
+        grad_weight = (g.T @ read).float()  # before `own`, which may be `g`, is overwritten
+        grad_rows = own.mul_(kept[0]).sum(0)
         return grad_a, grad_score, grad_theta, grad_weight, grad_rows, grad_cols, None, None
 
 
@@ -175,15 +181,18 @@ class GradedModel:
         train_weights: hold the decoder's weights as parameters; `refresh` codes them anew. Weights that were trained
             jointly before, or coded with error feedback, go on from their digits.
         rank: of what is added to the weights (LoRA, arXiv 2106.09685), at most; 0 lets all of them learn.
+        seed: of what is drawn for that.
 
     Raises:
         LowtideError: the artifact is of another model.
     """
 
-    def __init__(self, artifact: Artifact, dense: DenseModel, train_weights: bool = False, rank: int = 0) -> None:
+    def __init__(
+        self, artifact: Artifact, dense: DenseModel, train_weights: bool = False, rank: int = 0, seed: int = 0
+    ) -> None:
         if artifact.manifest.model_id != dense.source.fingerprint():
             raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
-        self.config, self.dense, self.rank = dense.config, dense, rank
+        self.config, self.dense, self.rank, self.seed = dense.config, dense, rank, seed
         self.codes: dict[str, Code] = {}
         self.row_scales: dict[str, torch.Tensor] = {}
         self.groups: dict[str, GradedGroup] = {}
@@ -224,7 +233,7 @@ class GradedModel:
         learned = {"weight": units, "bias": group.stored_bias}
         learned |= {"log_rows": torch.zeros(group.out), "log_cols": torch.zeros(group.inputs)}
         if self.rank:
-            learned |= low_rank(units, self.rank)
+            learned |= low_rank(units, self.rank, zlib.crc32(f"{self.seed} {name}".encode()))
         fixed = {"weight"} if self.rank else set()
         group.learned = nn.ParameterDict(
             {what: nn.Parameter(value, requires_grad=what not in fixed) for what, value in learned.items()}
@@ -318,14 +327,14 @@ class GradedModel:
         return y + group.bias, 2.0 * group.out * count
 
 
-def low_rank(units: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+def low_rank(units: torch.Tensor, rank: int, seed: int) -> dict[str, torch.Tensor]:
     """Factors `up` f32 [out, R] and `down` f32 [R, in] to begin with, for weights f32 [out, in]: their product is 0.
 
     A step that moves every value of `up` by e moves the weights by e as well, root mean square.
     """
     out, inputs = units.shape
     rank = min(rank, out, inputs)
-    draw = torch.Generator().manual_seed(out * 1_000_003 + inputs)
+    draw = torch.Generator().manual_seed(seed)
     return {"up": torch.zeros(out, rank), "down": torch.randn(rank, inputs, generator=draw) / rank**0.5}
 
 

@@ -25,6 +25,7 @@ from lowtide.format.ipn import attach
 from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import ipn_progress as progress
+from lowtide.learn.agreed import agree
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
@@ -114,8 +115,12 @@ def learn_joint(
     if not options.weight_rate:
         raise LowtideError("--weight-rate 0: leaves the model alone; `lowtide learn ipn` does that")
     team = join(options.windows)
+    if team.mesh is not None and options.rank:
+        raise LowtideError(f"--rank {options.rank}: not with --use_fsdp, which shares out full weights")
     target = Path(out).absolute()
     _check_out(target, force)
+    if network is not None:
+        open_artifact(network)  # what is missing shall be missed before hours of compression
     start = target.with_name(target.name + ".start")
     if artifact is None:
         if team.main:
@@ -166,14 +171,7 @@ def _learn(
         low, high = options.bits
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
     try:
-        graded = _model(team, artifact, dense, joint, options.rank)
         ids = _windows(team, dense, text, tokens, options, report)
-        ipn = _network(artifact, grid, tables, options)
-        if goes_on:
-            take_stored(ipn, first)
-        for name, group in graded.groups.items():
-            group.side_bits += ipn.side_bits(name)
-        learner = Learner(graded, ipn, ids, options, team)
         parts = [(folder / "lowtide.json").read_bytes(), ids.numpy().tobytes()]
         parts += [] if network is None else [(Path(network) / "lowtide.json").read_bytes()]
         key = json.dumps([TRAINER, asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
@@ -183,6 +181,14 @@ def _learn(
                 shutil.rmtree(work, ignore_errors=True)
             WorkFolder(work, {"run": key})
         team.wait()
+        multiplied = agree(team, work)
+        graded = _model(team, artifact, dense, joint, options)
+        ipn = _network(artifact, grid, tables, options)
+        if goes_on:
+            take_stored(ipn, first)
+        for name, group in graded.groups.items():
+            group.side_bits += ipn.side_bits(name)
+        learner = Learner(graded, ipn, ids, options, team)
         ratio = None if goes_on else _start(learner, work, report)
         run = _train(learner, work, key, report)
         figures = {}
@@ -197,7 +203,7 @@ def _learn(
     if not team.main:
         return {}
     shutil.rmtree(work, ignore_errors=True)
-    return figures | {"probe_ratio": ratio, "seconds": round(time.monotonic() - began, 1)}
+    return figures | {"probe_ratio": ratio, "products": multiplied, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
@@ -211,12 +217,18 @@ def _network_of(network: str | Path, artifact: Artifact, options: IpnOptions) ->
     found = open_artifact(network)
     if found.manifest.model_id != artifact.manifest.model_id:
         raise LowtideError(f"{network}: its network is of another model than the artifact")
-    if found.manifest.slices != artifact.manifest.slices or found.manifest.budgets != artifact.manifest.budgets:
-        raise LowtideError(f"{network}: its network is for other budgets or slices than the artifact's")
+    alike = found.manifest.slices == artifact.manifest.slices and found.manifest.budgets == artifact.manifest.budgets
+    if not alike or any(
+        not np.array_equal(group.exact_channels, artifact.groups[name].exact_channels)
+        for name, group in found.groups.items()
+    ):
+        raise LowtideError(f"{network}: its network is for other budgets or exact channels: calibrate both alike")
+    if set(options.parts) != set(Ipn.PARTS):
+        raise LowtideError(f"--parts {','.join(options.parts)}: all of them learn where --network is given")
     if not _goes_on(found, options):
         has = found.manifest.ipn
         what = "has no importance prediction network" if has is None else f"its network has {has['features']} features"
-        raise LowtideError(f"{network}: {what}; wanted is one with {options.features}, all of whose parts learn")
+        raise LowtideError(f"{network}: {what}; wanted is one with {options.features}")
     return found
 
 
@@ -225,11 +237,9 @@ def _check_out(out: Path, force: bool) -> None:
         raise LowtideError(f"{out}: exists already; choose another folder or give --force")
 
 
-def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool, rank: int) -> GradedModel:
+def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool, options: IpnOptions) -> GradedModel:
     if team.mesh is None:
-        return GradedModel(artifact, dense, joint, rank)
-    if rank:
-        raise LowtideError(f"--rank {rank}: not with --use_fsdp, which shares out full weights")
+        return GradedModel(artifact, dense, joint, options.rank, options.seed)
     from lowtide.learn.sharded import ShardedModel
 
     return ShardedModel(artifact, dense, team.mesh, team.free)

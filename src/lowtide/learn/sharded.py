@@ -102,6 +102,7 @@ class _ThinGroup(GradedGroup):
     """A group that holds no digits."""
 
     code: Code | None = None
+    thin = True
 
     def coded(self, *parameters: torch.Tensor | None) -> tuple[Slices, torch.Tensor, torch.Tensor]:
         """Made from the parameters, which are whole."""
