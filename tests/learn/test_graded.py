@@ -106,22 +106,26 @@ def test_other_products_change_little(made, small, monkeypatch, kind):
 
 def test_gradients_in_int8_are_near(made, small, monkeypatch):
     artifact, dense = made
+    theirs = dense.hidden(small.ids[:1])
     found = []
     for kind in ("float32", "int8"):
         monkeypatch.setattr(products, "_chosen", [products.TYPES[kind]])
-        model, ipn = GradedModel(artifact, dense, train_weights=True), untrained(artifact)
+        model, generator = GradedModel(artifact, dense, train_weights=True), torch.Generator().manual_seed(2)
         model.refresh()
-        at = At(ipn, ipn.grid[-1])
-        hidden, read = model.hidden(small.ids[:2], at)
-        loss = head_kl(model, hidden, dense.hidden(small.ids[:2]), dense.head_weight, at)
-        (loss.log() + read.mean()).backward()
-        found.append({n: p.grad for n, p in (*model.parameters().items(), *ipn.table.items()) if p.grad is not None})
-    precise, ours = found
-    assert ours.keys() == precise.keys() and any(n.endswith("delta") for n in ours)
+        group = model.groups["layers.0.gate_up"]
+        a, score = (torch.randn(9, group.inputs, generator=generator, requires_grad=True) for _ in range(2))
+        theta = torch.tensor([-0.5, 0.1, 0.6], requires_grad=True)
+        y, count = graded._Product.apply(a, score, theta, *group.parameters(), group, 0.7)
+        (y * torch.randn(y.shape, generator=generator)).sum().add(count.sum()).backward()
+        ours = (theirs + 0.3 * torch.randn(theirs.shape, generator=generator)).requires_grad_(True)
+        head_kl(model, ours, theirs, dense.head_weight, At(untrained(artifact), BITS)).backward()
+        learned = {what: p.grad for what, p in group.learned.items() if what != "bias"}
+        found.append(learned | {"a": a.grad, "score": score.grad, "theta": theta.grad, "head": ours.grad})
+    precise, near = found
     for name, grad in precise.items():
-        if grad.any():
-            near = torch.nn.functional.cosine_similarity(ours[name].flatten(), grad.flatten(), 0)
-            assert float(near) > 0.98, name
+        assert grad.any(), name
+        assert 0.99 < float(F.cosine_similarity(near[name].flatten(), grad.flatten(), 0)), name
+        assert float(near[name].norm()) == pytest.approx(float(grad.norm()), rel=0.05), name
 
 
 def test_gradients_are_those_of_the_text(exact, monkeypatch):

@@ -190,8 +190,7 @@ class GradedModel:
     def __init__(
         self, artifact: Artifact, dense: DenseModel, train_weights: bool = False, rank: int = 0, seed: int = 0
     ) -> None:
-        if artifact.manifest.model_id != dense.source.fingerprint():
-            raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
+        check_model(artifact, dense)
         self.config, self.dense, self.rank, self.seed = dense.config, dense, rank, seed
         self.codes: dict[str, Code] = {}
         self.row_scales: dict[str, torch.Tensor] = {}
@@ -325,6 +324,12 @@ class GradedModel:
         score, theta = masks.scores(name, a)
         y, count = _Product.apply(a, score, theta, *group.parameters(), group, masks.tau)
         return y + group.bias, 2.0 * group.out * count
+
+
+def check_model(artifact: Artifact, dense: DenseModel) -> None:
+    """LowtideError if the artifact is of another model."""
+    if artifact.manifest.model_id != dense.source.fingerprint():
+        raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
 
 
 def low_rank(units: torch.Tensor, rank: int, seed: int) -> dict[str, torch.Tensor]:

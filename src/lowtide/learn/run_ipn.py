@@ -26,7 +26,7 @@ from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
-from lowtide.learn.graded import GradedModel, budget_tables
+from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
 from lowtide.learn.ipn_train import DIVERGED, MOST_HELD, IpnOptions, Learner, Report
@@ -162,6 +162,7 @@ def _learn(
         raise LowtideError(
             f"--parts {','.join(options.parts)}: offset must be among them; an artifact stores its probes"
         )
+    check_model(artifact, dense)
     if tokens < 1:
         raise LowtideError(f"--tokens {tokens}: must be 1 or more")
     first = artifact if network is None else _network_of(network, artifact, options)
