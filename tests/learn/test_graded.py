@@ -180,6 +180,20 @@ def test_the_heads_gradient_is_autograds_masks_held(made, small, exact, monkeypa
     assert torch.allclose(ours.grad, again.grad, atol=1e-6)
 
 
+def test_the_head_may_be_read_in_full(made, small, exact):
+    artifact, dense = made
+    model, ipn = GradedModel(artifact, dense), untrained(artifact)
+    theirs = dense.hidden(small.ids[:1])
+    ours = theirs + 0.1 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
+    group = model.groups["head"]
+    weights = torch.from_numpy(artifact.groups["head"].dequantise(0, group.slices.count)).float()
+    logq = (F.linear(ours - group.mean, weights + group.always.dense()) + group.bias).log_softmax(-1)
+    logp = F.linear(theirs, dense.head_weight).log_softmax(-1)
+    wanted = (logp.exp() * (logp - logq)).sum(-1).mean()
+    full, once = (head_kl(model, ours, theirs, dense.head_weight, At(ipn, 2.0, full_head=f)) for f in (True, False))
+    assert float(full) == pytest.approx(float(wanted), rel=1e-3) and float(once) > 1.1 * float(full)
+
+
 @pytest.mark.parametrize("name", ["layers.0.qkv", "layers.1.down"])
 def test_codes_are_those_of_the_file(made, name, exact, monkeypatch):
     group = made[0].groups[name]

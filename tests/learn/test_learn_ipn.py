@@ -241,6 +241,7 @@ def test_options_are_checked():
         ({"bits": (3.0, 2.0)}, "--bits 3,2"),
         ({"steps": -1}, "--steps"),
         ({"features": 0}, "--features 0"),
+        ({"head": "twice"}, "--head twice: known are once, full"),
         ({"focus": 1.5}, "--focus 1.5"),
         ({"weight_rate": float("nan")}, "--weight-rate nan"),
         ({"parts": ("gate",)}, "--parts: known are importance, theta, offset"),

@@ -162,6 +162,9 @@ def joint(
     rank: Annotated[
         int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights, which is better.")
     ] = 0,
+    head: Annotated[
+        str, typer.Option(help="What the output head is read at, which runs should do, too: once (the budget) or full.")
+    ] = "once",
     consistency: Consistency = 0.0,
     network: Network = None,
     seed: TrainingSeed = 0,
@@ -194,6 +197,7 @@ def joint(
         windows=windows,
         weight_rate=weight_rate,
         rank=rank,
+        head=head,
         prices=Prices(consistency=consistency),
         seed=seed,
     )

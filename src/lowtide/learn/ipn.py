@@ -194,7 +194,7 @@ class At:
     shift moves every threshold (log2), tau is the temperature of the masks' gradient in levels' log2 units.
     offsets[name], margins[name] keep o f32 [T] and, with keep_margins, log2 score - theta f32 [S, T, in].
     density[name] f32 [S], with keep_density, is by how many channels a token reads less for each log2 unit that a
-    threshold rises.
+    threshold rises. full_head: the head is read in full, whatever the budget.
     """
 
     def __init__(
@@ -205,9 +205,10 @@ class At:
         tau: float = 0.7,
         keep_margins: bool = False,
         keep_density: bool = False,
+        full_head: bool = False,
     ) -> None:
         self.ipn, self.bits, self.shift, self.tau = ipn, bits, shift, tau
-        self.keep_margins, self.keep_density = keep_margins, keep_density
+        self.keep_margins, self.keep_density, self.full_head = keep_margins, keep_density, full_head
         self.density: dict[str, torch.Tensor] = {}
         self.offsets: dict[str, torch.Tensor] = {}
         self.margins: dict[str, torch.Tensor] = {}
@@ -231,7 +232,7 @@ class At:
             score = score.masked_fill(ipn.open[name] == 0, -torch.inf)
         theta = ipn.theta(name, self.bits)
         if name == "head":
-            return score, theta
+            return score, torch.full_like(theta, -torch.inf) if self.full_head else theta
         theta = theta + self.shift
         if self.keep_margins:
             self.margins[name] = score[None] - theta[:, None, None]

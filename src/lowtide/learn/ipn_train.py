@@ -36,6 +36,8 @@ MOST_HELD = 8
 """Windows held out for checking, at most."""
 KEPT_BYTES = 1 << 30
 """Of the dense model's states."""
+HEADS = ("once", "full")
+"""What the loss reads the output head at: the budget, or in full."""
 SCALE_RATE = 0.5
 """Rate of the scales' logarithms, in units of the weights' relative rate."""
 
@@ -59,6 +61,7 @@ class IpnOptions:
         weight_rate: for the model's weights, biases and norms, relative to each matrix's root mean square; 0 leaves the
             model alone; None: by the model's width (`run_ipn.rate_for`).
         rank: of what is added to the weights; 0: they learn whole.
+        head: what the loss reads the output head at: "once", the budget, or "full".
         tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
         average: decay, for each step, of the average of parameters that is kept (`ipn_progress.Run.follow`).
         features: H of each probe. parts: ingredients that learn. check_every: steps between looks at held-out windows.
@@ -73,6 +76,7 @@ class IpnOptions:
     probe_rate: float = 0.0005
     weight_rate: float | None = 0.0
     rank: int = 0
+    head: str = "once"
     tau: float = 0.7
     prices: Prices = field(default_factory=Prices)
     average: float = 0.95
@@ -95,6 +99,8 @@ class IpnOptions:
             raise LowtideError(f"--weight-rate {self.weight_rate:g}: must be at least 0 and below 1")
         if self.rank < 0:
             raise LowtideError(f"--rank {self.rank}: must be 0 (full weights) or more")
+        if self.head not in HEADS:
+            raise LowtideError(f"--head {self.head}: known are {', '.join(HEADS)}")
         if not 0 <= self.average < 1:
             raise LowtideError(f"average {self.average:g}: must be at least 0 and below 1")
         unknown = set(self.parts) - set(Ipn.PARTS)
@@ -182,7 +188,8 @@ class Learner:
         mine = rows[team.share(o.windows)]
         ids = self.ids[mine]
         theirs = torch.stack([self._dense(int(row)) for row in mine])
-        at = At(self.ipn, bits, tau=o.tau, keep_margins=o.prices.needs_margins, keep_density=True)
+        margins = o.prices.needs_margins
+        at = At(self.ipn, bits, tau=o.tau, keep_margins=margins, keep_density=True, full_head=o.head == "full")
         if team.rank:  # perturbed copies are each process's own
             draw.manual_seed((team.rank << 40) + o.seed * 1_000_003 + number)
         self.model.refresh()
@@ -224,7 +231,7 @@ class Learner:
         for bits in budgets:
             found = torch.zeros(2)
             if self._held_hidden is not None:
-                at = At(self.ipn, bits)
+                at = At(self.ipn, bits, full_head=self.options.head == "full")
                 hidden, used = self.model.hidden(held, at)
                 kl = head_kl(self.model, hidden, self._held_hidden, self.dense_head, at)
                 found = torch.stack([used.mean(), kl])
