@@ -24,7 +24,8 @@ from lowtide.kernels import entropy
 FIRST_STEP = 1e-4
 """Step of the first walk for SmolLM2's number of weights; others scale it so that the total error is the same."""
 FIRST_WEIGHTS = 134e6
-ROUNDS = 5
+ROUNDS = 7
+"""Walks at most: three are usual, coarse codes of small models take more."""
 SIZE_SLACK = 0.01
 """A file may be this much smaller than asked for."""
 KL_SLACK = 0.04
@@ -78,7 +79,8 @@ def next_step(target: Target, trials: list[Trial], weights: int) -> float:
     """The step to try after these trials."""
     last = trials[-1]
     if target.size is not None:
-        return _secant([(math.log2(t.step), t.size) for t in trials], MARGIN * target.size, -weights / 8)
+        # sizes have no noise, and coarse codes lose less than a bit for each doubling
+        return _secant([(math.log2(t.step), t.size) for t in trials], MARGIN * target.size, -weights / 8, least=0.05)
     assert target.kl is not None
     points = [(math.log2(t.step), math.log2(max(t.kl, 1e-9))) for t in trials]
     # KL is noisy where it is small: each walk that missed makes the next one more careful
@@ -86,13 +88,14 @@ def next_step(target: Target, trials: list[Trial], weights: int) -> float:
     return min(step, last.step * 16)
 
 
-def _secant(points: list[tuple[float, float]], wanted: float, slope: float) -> float:
-    """Step at which a measure reaches what is wanted, by the two trials nearest to it, or by the slope of theory."""
+def _secant(points: list[tuple[float, float]], wanted: float, slope: float, least: float = 0.3) -> float:
+    """Step at which a measure reaches what is wanted, by the two trials nearest to it, or by the slope of theory, if
+    theirs is less than `least` of that, or more than three times as steep."""
     nearest = sorted(points, key=lambda p: abs(p[1] - wanted))[:2]
     (x, y) = nearest[0]
     if len(nearest) == 2 and abs(nearest[1][0] - x) > 1e-6:
         measured = (nearest[1][1] - y) / (nearest[1][0] - x)
-        if 0.3 < measured / slope < 3:
+        if least < measured / slope < 3:
             slope = measured
     return float(2.0 ** (x + (wanted - y) / slope))
 
