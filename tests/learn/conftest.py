@@ -14,6 +14,7 @@ from lowtide.compress import compress, products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.prune.problems import layer_problems
 from lowtide.compress.sources.base import expected_shapes
+from lowtide.learn import run_ipn
 from lowtide.learn.train_importance import Task
 
 TINY = Tiny(hidden=32, intermediate=56, layers=2, heads=4, kv_heads=2, head_dim=8, vocab=104, max_position=32)
@@ -74,3 +75,9 @@ def source(small, tmp_path_factory):
     (folder / "text").write_text("the end of the tide is there and then another one in the hand. " * 40)
     compress(folder / "model", folder / "artifact", calibration=folder / "text")
     return folder
+
+
+@pytest.fixture
+def few_tokens(monkeypatch):
+    """Thresholds are set on 8 of these short windows: there are a good twenty budgets."""
+    monkeypatch.setattr(run_ipn, "TOKENS", 256)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from support.learning import FAST, tensors
 from support.twin import write_folder
 
 import lowtide
@@ -29,32 +30,7 @@ from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 from lowtide.runtime.budget import policy_params
 
-TEXT = "the end of the tide is there and then another one in the hand. " * 40
-FAST = IpnOptions(steps=6, bits=(4.0, 6.0), windows=3, features=4, check_every=3)
-
-
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
-    """Thresholds are set on 8 of these short windows: there are a good twenty budgets."""
-    monkeypatch.setattr(run_ipn, "TOKENS", 256)
-
-
-@pytest.fixture(scope="module")
-def source(small, tmp_path_factory):
-    """A folder with `model`, its `artifact` and a `text`."""
-    folder = tmp_path_factory.mktemp("source")
-    write_folder(small.source, folder / "model")
-    (folder / "text").write_text(TEXT)
-    compress(folder / "model", folder / "artifact", calibration=folder / "text")
-    return folder
-
-
-def tensors(folder):
-    artifact = open_artifact(folder)
-    found = {}
-    for group in artifact.groups.values():
-        found |= {n: np.array(t) for n, t in group.tensors().items()}
-    return found
+pytestmark = pytest.mark.usefixtures("few_tokens")
 
 
 def same(a, b):
@@ -286,75 +262,12 @@ def test_probes_see_as_much_as_memory_allows(small, monkeypatch):
     assert run_ipn._probe_tokens(small.model) == least
 
 
-def test_training_goes_on_from_the_network_that_is_there(source, tmp_path, monkeypatch):
-    args = source / "model", tmp_path / "first"
-    learn_ipn(source / "artifact", *args, FAST, source / "text")
-    monkeypatch.setattr(run_ipn, "fit_probes", None)  # not asked for again
-    idle = dataclasses.replace(FAST, steps=0)
-    again = learn_ipn(tmp_path / "first", source / "model", tmp_path / "again", idle, source / "text")
-    before, after = tensors(tmp_path / "first"), tensors(tmp_path / "again")
-    for name in (n for n in before if "ipn_" in n):
-        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    for name in (n for n in before if n.endswith("thresholds")):
-        finite = np.isfinite(before[name])
-        np.testing.assert_allclose(after[name][finite], before[name][finite], rtol=0.05, err_msg=name)
-    for point in again["before"]:  # thresholds were solved for
-        assert point["read"] == pytest.approx(point["bits"], rel=0.05)
-    assert again["probe_ratio"] is None
-    wider = dataclasses.replace(idle, features=5)
-    monkeypatch.undo()
-    assert learn_ipn(tmp_path / "first", source / "model", tmp_path / "wider", wider, source / "text")["probe_ratio"]
-
-
-def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, monkeypatch):
-    learn_ipn(source / "artifact", source / "model", tmp_path / "first", FAST, source / "text")
-    monkeypatch.setattr(run_ipn, "fit_probes", None)  # not asked for
-    compress(source / "model", tmp_path / "low", calibration=source / "text", feedback="low")
-    idle = dataclasses.replace(FAST, steps=0)
-    given = tmp_path / "low", source / "model", tmp_path / "out", idle, source / "text"
-    done = learn_ipn(*given, network=tmp_path / "first")
-    assert done["probe_ratio"] is None
-    taken, from_, low = tensors(tmp_path / "out"), tensors(tmp_path / "first"), tensors(tmp_path / "low")
-    for name in (n for n in from_ if "ipn_" in n):
-        np.testing.assert_allclose(taken[name], from_[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    weight = "model.layers.0.mlp.up_proj.weight"
-    assert np.array_equal(taken[weight], low[weight]) and not np.array_equal(taken[weight], from_[weight])
-    joint = dataclasses.replace(FAST, steps=1, weight_rate=0.001)
-    learn_joint(
-        source / "model", tmp_path / "joint", joint, tmp_path / "low", source / "text", network=tmp_path / "out"
-    )
-    assert open_artifact(tmp_path / "joint").manifest.stats["learned"]["joint"]
-
-
-def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
-    given = source / "artifact", source / "model", tmp_path / "out", FAST, source / "text"
-    with pytest.raises(LowtideError, match="artifact: has no importance prediction network; wanted is one with 4$"):
-        learn_ipn(*given, network=source / "artifact")
-    wide = dataclasses.replace(FAST, steps=0, features=5)
-    learn_ipn(source / "artifact", source / "model", tmp_path / "wide", wide, source / "text")
-    with pytest.raises(LowtideError, match="wide: its network has 5 features; wanted is one with 4"):
-        learn_ipn(*given, network=tmp_path / "wide")
-    values = {n: small.source.tensor(n).numpy() * 1.1 for n in small.source.names()}
-    write_folder(type(small.source)(small.source.config, values, small.source.tokenizer_files()), tmp_path / "other")
-    compress(tmp_path / "other", tmp_path / "others", calibration=source / "text")
-    with pytest.raises(LowtideError, match="others: its network is of another model"):
-        learn_ipn(*given, network=tmp_path / "others")
-    compress(source / "model", tmp_path / "four", calibration=source / "text", bits_max=4)
-    with pytest.raises(LowtideError, match="four: its network is for other budgets or exact channels"):
-        learn_ipn(*given, network=tmp_path / "four")
-    with pytest.raises(LowtideError, match="--parts offset: all of them learn where --network is given"):
-        learn_ipn(*given[:3], dataclasses.replace(FAST, parts=("offset",)), source / "text", network=tmp_path / "wide")
-    with pytest.raises(LowtideError, match="nowhere"):
-        joint = dataclasses.replace(FAST, weight_rate=0.001)
-        learn_joint(source / "model", tmp_path / "out", joint, None, source / "text", network=tmp_path / "nowhere")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
-
-
 def test_joint_training_in_int8_helps_too(source, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "_chosen", [products.TYPES["int8"]])
     options = IpnOptions(steps=20, bits=(4.0, 5.0), focus=0.7, windows=4, features=4, check_every=10, weight_rate=0.004)
     figures = learn_joint(source / "model", tmp_path / "out", options, source / "artifact", source / "text")
     values = {h["step"]: h["value"] for h in figures["history"]}
+    assert figures["products"] == "int8"
     assert figures["best_step"] > 0 and values[figures["best_step"]] < values[0]
 
 

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.twin import write_folder
 
-from lowtide.compress import compress, products
+from lowtide.compress import products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
@@ -23,29 +22,18 @@ from lowtide.learn.ipn_train import IpnOptions, Learner
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_joint
 
-TEXT = "the end of the tide is there and then another one in the hand. " * 40
 OPTIONS = IpnOptions(steps=20, bits=(4.0, 5.0), focus=0.7, windows=4, features=4, check_every=5, weight_rate=0.02)
 RANK = 3
 
 
-@pytest.fixture(scope="module")
-def place(small, tmp_path_factory):
-    """A folder with `model`, its `artifact` and a `text`."""
-    folder = tmp_path_factory.mktemp("low-rank")
-    write_folder(small.source, folder / "model")
-    (folder / "text").write_text(TEXT)
-    compress(folder / "model", folder / "artifact", calibration=folder / "text")
-    return folder
-
-
 @pytest.fixture
-def made(place, monkeypatch):
+def made(source, monkeypatch):
     """Artifact, dense model and a network, products in float32."""
     monkeypatch.setattr(products, "_chosen", [products.EXACT])
-    artifact = open_artifact(place / "artifact")
+    artifact = open_artifact(source / "artifact")
     grid, tables = budget_tables(artifact)
     importance = {n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in artifact.groups.items()}
-    return artifact, DenseModel(open_source(place / "model")), Ipn(importance, grid, tables, features=4)
+    return artifact, DenseModel(open_source(source / "model")), Ipn(importance, grid, tables, features=4)
 
 
 def test_it_begins_with_the_weights(made, small):
@@ -124,19 +112,19 @@ def test_what_is_written_has_the_addition(made, tmp_path):
     assert torch.equal(stored, code.digits(whole)) and not torch.equal(stored, code.digits(group.learned["weight"]))
 
 
-def test_the_result_is_an_ordinary_artifact_that_is_better(place, tmp_path):
+def test_the_result_is_an_ordinary_artifact_that_is_better(source, tmp_path):
     options = dataclasses.replace(OPTIONS, rank=RANK)
-    figures = learn_joint(place / "model", tmp_path / "out", options, place / "artifact", place / "text")
+    figures = learn_joint(source / "model", tmp_path / "out", options, source / "artifact", source / "text")
     values = {h["step"]: h["value"] for h in figures["history"]}
     assert figures["best_step"] > 0 and values[figures["best_step"]] < values[0]
     assert open_artifact(tmp_path / "out").manifest.stats["learned"]["joint"]
 
 
-def test_it_is_checked(place, tmp_path, monkeypatch):
+def test_it_is_checked(source, tmp_path, monkeypatch):
     with pytest.raises(LowtideError, match="--rank -1: must be 0"):
         IpnOptions(rank=-1)
     monkeypatch.setattr(run_ipn, "join", lambda windows: SimpleNamespace(mesh=object(), main=True))
     monkeypatch.setattr(run_ipn, "compress", None)  # nothing is begun
     with pytest.raises(LowtideError, match="--rank 3: not with --use_fsdp"):
-        learn_joint(place / "model", tmp_path / "out", dataclasses.replace(OPTIONS, rank=RANK))
+        learn_joint(source / "model", tmp_path / "out", dataclasses.replace(OPTIONS, rank=RANK))
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.twin import write_folder
 
 from lowtide.compress import compress, products
 from lowtide.format.reader import open_artifact
@@ -68,10 +67,8 @@ def test_nothing_read_is_nothing():
     assert not y.any() and not count.any()
 
 
-def test_digits_are_those_of_the_planes(small, tmp_path, monkeypatch):
-    write_folder(small.source, tmp_path / "model")
-    compress(tmp_path / "model", tmp_path / "artifact")
-    group = open_artifact(tmp_path / "artifact").groups["layers.0.gate_up"]
+def test_digits_are_those_of_the_planes(source, monkeypatch):
+    group = open_artifact(source / "artifact").groups["layers.0.gate_up"]
     made = []
     for kind in ("float32", "int8"):
         monkeypatch.setattr(products, "_chosen", [products.TYPES[kind]])
@@ -91,10 +88,9 @@ def test_digits_are_those_of_the_planes(small, tmp_path, monkeypatch):
         np.testing.assert_allclose(upto.numpy(), (value * float(shrink)).numpy(), atol=1e-5)
 
 
-def test_four_slices_stay_floats(small, tmp_path, monkeypatch):
+def test_four_slices_stay_floats(source, tmp_path, monkeypatch):
     monkeypatch.setattr(products, "_chosen", [products.TYPES["int8"]])
-    write_folder(small.source, tmp_path / "model")
-    compress(tmp_path / "model", tmp_path / "artifact", bits_max=8)
+    compress(source / "model", tmp_path / "artifact", calibration=source / "text", bits_max=8)
     group = open_artifact(tmp_path / "artifact").groups["layers.0.o"]
     code = Code(group)
     assert group.slices == 4 and isinstance(code.coded(code.stored), FloatSlices)
