@@ -159,9 +159,7 @@ def joint(
     weight_rate: Annotated[
         float | None, typer.Option(help="Adam's rate for weights, relative to their size. [default: by the width]")
     ] = None,
-    rank: Annotated[
-        int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights, which is better.")
-    ] = 0,
+    rank: Annotated[int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights.")] = 0,
     head: Annotated[
         str, typer.Option(help="What the output head is read at, which runs should do, too: once (the budget) or full.")
     ] = "once",

@@ -7,6 +7,7 @@ once a process. LOWTIDE_PRODUCTS sets it, which a run must do that shall be repe
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def products() -> Products:
     """The same for a whole process.
 
     Raises:
-        LowtideError: LOWTIDE_PRODUCTS is none of the types, or not to be had here.
+        LowtideError: LOWTIDE_PRODUCTS is none of the types.
     """
     if not _chosen:
         wanted = os.environ.get(VARIABLE)
@@ -60,12 +61,10 @@ def use(name: str, where: str = "products ") -> None:
     """Set it to one of TYPES.
 
     Raises:
-        LowtideError: it is none of them, or products in int8 are not exact here; `where` begins the message.
+        LowtideError: it is none of them; `where` begins the message.
     """
     if name not in TYPES:
         raise LowtideError(f"{where}{name}: known are {', '.join(TYPES)}")
-    if TYPES[name].integers and not int8_is_exact():
-        raise LowtideError(f"{where}{name}: this processor or this torch does not sum products in int8 exactly")
     _chosen[:] = [TYPES[name]]
 
 
@@ -80,28 +79,28 @@ def product_type() -> torch.dtype:
 
 
 def int8_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x int8 [n, k] times w int8 [k, m]: i32 [n, m]; exact where `int8_is_exact` says so."""
-    return torch._int_mm(x, w)
+    """x int8 [n, k] times w int8 [k, m], summed exactly: i32 [n, m]. Slow where torch's own is not exact."""
+    return torch._int_mm(x, w) if int8_is_exact() else (x.double() @ w.double()).int()
 
 
+@functools.cache
 def int8_is_exact() -> bool:
-    """Whether sums are right: without VNNI 128 is added to x, and pairs of products are added in 16 bits, which
+    """Whether torch's sums are right: without VNNI 128 is added to x, and pairs of products are added in 16 bits, which
     saturate."""
     x = torch.full((2, 64), 127, dtype=torch.int8)
     x[1] = -127
     w = torch.full((64, 3), 96, dtype=torch.int8)
     w[:, 1], w[::2, 2] = -96, -96
     try:
-        return bool(torch.equal(int8_product(x, w).long(), x.long() @ w.long()))
-    except (AttributeError, NotImplementedError, RuntimeError):  # an older torch, or another processor
+        return bool(torch.equal(torch._int_mm(x, w).long(), x.long() @ w.long()))
+    except (AttributeError, RuntimeError):  # not in every torch, nor for every processor
         return False
 
 
 def _fastest() -> Products:
     plain, half = _seconds(torch.float32), _seconds(torch.bfloat16)
     floats = torch.bfloat16 if half * AHEAD < plain else torch.float32
-    integers = int8_is_exact() and _seconds(torch.int8) * INTEGERS_AHEAD < min(plain, half)
-    return Products(floats, integers)
+    return Products(floats, _seconds(torch.int8) * INTEGERS_AHEAD < min(plain, half))
 
 
 def _seconds(kind: torch.dtype) -> float:

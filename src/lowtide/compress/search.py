@@ -25,7 +25,7 @@ FIRST_STEP = 1e-4
 """Step of the first walk for SmolLM2's number of weights; others scale it so that the total error is the same."""
 FIRST_WEIGHTS = 134e6
 ROUNDS = 7
-"""Walks at most: three are usual, coarse codes of small models take more."""
+"""Walks at most; coarse codes of small models took more than five."""
 SIZE_SLACK = 0.01
 """A file may be this much smaller than asked for."""
 KL_SLACK = 0.04

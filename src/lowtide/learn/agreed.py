@@ -19,7 +19,7 @@ def agree(team: Parallel, work: Path) -> str:
     LOWTIDE_PRODUCTS comes first, then what the run in `work` began with, then what the first process finds fastest.
 
     Raises:
-        LowtideError: a type that is unknown or cannot be had here.
+        LowtideError: a type that is unknown.
     """
     kept = work / NAME
     if team.main:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lowtide.arch import LAYER_NORMS, norm_specs
 from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
 from lowtide.compress.masked import MaskedModel, coefficient_unit
+from lowtide.compress.products import int8_product
 from lowtide.eval.rivals.base import BlockState, Plan
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
@@ -192,7 +193,7 @@ def _multiply(coefficients: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
     Those beyond the range of int8 are few: what is left of them, in units of 127, is multiplied apart.
     """
     more = (coefficients / 127).trunc_()
-    product = torch._int_mm((coefficients - 127 * more).to(torch.int8), digits).float()
+    product = int8_product((coefficients - 127 * more).to(torch.int8), digits).float()
     columns = more.any(0).nonzero()[:, 0]
     if len(columns):
         product += 127 * _multiply(more[:, columns], digits[columns])
