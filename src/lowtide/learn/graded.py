@@ -143,10 +143,9 @@ class _Product(torch.autograd.Function):
         a, score, theta, *kept = ctx.saved_tensors
         slices, rows, cols = ctx.group.coded(*kept[1:])
         own = grads[0] * rows
-        g = own.to(product_type())
-        back = slices.back(own)
+        back, kind = slices.back(own), product_type()
         grad_a, grad_score, grad_theta = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(theta)
-        grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=g.dtype)
+        grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=kind)
         for part in chunks(*a.shape):
             scaled, opened = a[part] * cols, grads[1][part][:, None]
             mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
@@ -167,7 +166,7 @@ class _Product(torch.autograd.Function):
         ctx.group.always.add_back(grad_a, grads[0].contiguous())
         if not ctx.train_weight:
             return grad_a, grad_score, grad_theta, None, None, None, None, None
-        grad_weight = (g.T @ read).float()  # before `own`, which may be `g`, is overwritten
+        grad_weight = (own.to(kind).T @ read).float()
         grad_rows = own.mul_(kept[0]).sum(0)
         return grad_a, grad_score, grad_theta, grad_weight, grad_rows, grad_cols, None, None
 
