@@ -29,7 +29,8 @@ def fresh(monkeypatch):
 def test_others_must_be_clearly_faster(monkeypatch, bfloat16, int8, expected):
     asked = []
 
-    def seconds(kind):
+    def seconds(kind, device):
+        assert device == torch.device("cpu")
         asked.append(kind)
         return {torch.bfloat16: bfloat16, torch.int8: int8, torch.float32: 1.0}[kind]
 
@@ -39,7 +40,29 @@ def test_others_must_be_clearly_faster(monkeypatch, bfloat16, int8, expected):
 
 
 def test_a_product_is_timed():
-    assert 0 < products._seconds(torch.float32) < 10
+    assert 0 < products._seconds(torch.float32, torch.device("cpu")) < 10
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, "bfloat16"), ("float32", "float32")])
+def test_a_gpu_chooses_anew_and_among_floats(monkeypatch, wanted, expected):
+    device, precision = torch.device("cuda"), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(products, "_seconds", lambda kind, where: {torch.bfloat16: 0.5, torch.float32: 1.0}[kind])
+    monkeypatch.setattr(products, "_chosen", [TYPES["int8"]])
+    if wanted:
+        monkeypatch.setenv(products.VARIABLE, wanted)
+        monkeypatch.setattr(products, "_chosen", [])
+    try:
+        products.choose(device)
+        assert products.name() == expected
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_the_processor_keeps_what_it_chose(monkeypatch):
+    monkeypatch.setattr(products, "_chosen", [TYPES["int8"]])
+    products.choose(torch.device("cpu"))
+    assert products.name() == "int8"
 
 
 def saturating(x, w):

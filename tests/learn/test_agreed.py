@@ -27,10 +27,10 @@ class Second(Parallel):
 
 
 def test_a_run_goes_on_with_what_it_began_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(products, "_fastest", lambda: products.TYPES["bfloat16"])
+    monkeypatch.setattr(products, "_fastest", lambda *_: products.TYPES["bfloat16"])
     assert agree(Parallel(), tmp_path) == "bfloat16"
     monkeypatch.setattr(products, "_chosen", [])
-    monkeypatch.setattr(products, "_fastest", lambda: products.TYPES["float32"])  # it is timed again
+    monkeypatch.setattr(products, "_fastest", lambda *_: products.TYPES["float32"])  # it is timed again
     assert agree(Parallel(), tmp_path) == "bfloat16" and products.product_type() == torch.bfloat16
     monkeypatch.setattr(products, "_chosen", [])
     monkeypatch.setenv("LOWTIDE_PRODUCTS", "int8")  # but what is asked for counts
@@ -38,7 +38,7 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path, monkeypatch):
 
 
 def test_the_others_take_the_first_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(products, "_fastest", lambda: products.TYPES["float32"])
+    monkeypatch.setattr(products, "_fastest", lambda *_: products.TYPES["float32"])
     assert agree(Second(), tmp_path) == "int8" and products.products() == products.TYPES["int8"]
     assert not list(tmp_path.iterdir())
 

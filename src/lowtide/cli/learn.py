@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from lowtide.cli.options import (
+    CheckEvery,
     Consistency,
+    Device,
     Force,
     Json,
     Model,
@@ -107,6 +109,8 @@ def ipn(
     l1: Annotated[float, typer.Option("--l1", help="Weight of the l1 term.")] = 1.0,
     consistency: Consistency = 0.0,
     network: Network = None,
+    check_every: CheckEvery = 25,
+    device: Device = "auto",
     seed: TrainingSeed = 0,
     resume: Resume = True,
     force: Force = False,
@@ -133,10 +137,11 @@ def ipn(
         features=features,
         parts=tuple(p.strip() for p in parts.split(",")),
         prices=Prices(sparsity_loss, l1=l1, consistency=consistency),
+        check_every=check_every,
         seed=seed,
     )
     with progress_bar() as report:
-        figures = learn_ipn(artifact, model, out, options, text, tokens, resume, force, report, network)
+        figures = learn_ipn(artifact, model, out, options, text, tokens, resume, force, report, network, device)
     _tell(figures, json)
 
 
@@ -165,6 +170,8 @@ def joint(
     ] = "once",
     consistency: Consistency = 0.0,
     network: Network = None,
+    check_every: CheckEvery = 25,
+    device: Device = "auto",
     seed: TrainingSeed = 0,
     resume: Resume = True,
     force: Force = False,
@@ -197,10 +204,11 @@ def joint(
         rank=rank,
         head=head,
         prices=Prices(consistency=consistency),
+        check_every=check_every,
         seed=seed,
     )
     with progress_bar() as report:
-        figures = learn_joint(model, out, options, artifact, text, tokens, None, resume, force, report, network)
+        figures = learn_joint(model, out, options, artifact, text, tokens, None, resume, force, report, network, device)
     _tell(figures, json)
 
 

@@ -68,6 +68,12 @@ Network: TypeAlias = Annotated[
     Path | None,
     typer.Option(help="Another artifact of the model, whose network training begins with.", metavar="ARTIFACT"),
 ]
+CheckEvery: TypeAlias = Annotated[
+    int, typer.Option(help="Steps between looks at held-out text, each followed by a checkpoint.")
+]
+Device: TypeAlias = Annotated[
+    str, typer.Option(help="auto (the GPU that torch finds, or else the processor), cpu or cuda.")
+]
 Consistency: TypeAlias = Annotated[float, typer.Option(help="Weight of the mask consistency term.")]
 TrainingSeed: TypeAlias = Annotated[int, typer.Option("--seed", help="Of everything drawn.")]
 Resume: TypeAlias = Annotated[bool, typer.Option("--resume/--restart", help="Go on from OUT.partial, or begin again.")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from lowtide.errors import LowtideError
 Apply = Callable[[str, torch.Tensor], torch.Tensor]
 """`apply(group, x [B, N, in]) -> y [B, N, out]`: the group's linear layers, outputs concatenated, bias added."""
 
+CPU = torch.device("cpu")
 CACHE_BYTES = 3 << 30
 """Weights are kept in memory as float32 up to this size; a larger model is read again block by block."""
 
@@ -73,12 +75,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def rope_tables(config: ModelConfig, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    config: ModelConfig, start: int, count: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), each f32 [count, head_dim], of positions start..start+count-1 (half-rotation layout)."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     angle = torch.arange(start, start + count, dtype=torch.float64)[:, None] * config.rope_theta**-half
     angle = torch.cat([angle, angle], -1)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def _rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -102,6 +106,7 @@ def decoder_block(
     """
     batch, n, _ = x.shape
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    grouped = heads != kv_heads
     qkv = apply("qkv", rms_norm(x, norms[0], config.rms_eps))
     q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
     q = _rotate(q.view(batch, n, heads, head_dim).transpose(1, 2), rope)
@@ -109,7 +114,10 @@ def decoder_block(
     v = v.view(batch, n, kv_heads, head_dim).transpose(1, 2)
     if cache is not None:
         k, v = cache.extend(k, v)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=heads != kv_heads)
+    if grouped and x.device.type != "cpu":  # fused kernels of GPUs know no groups in float32
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        grouped = False
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=grouped)
     x = x + apply("o", mixed.transpose(1, 2).reshape(batch, n, heads * head_dim))
     gate, up = apply("gate_up", rms_norm(x, norms[1], config.rms_eps)).chunk(2, -1)
     return x + apply("down", F.silu(gate) * up)
@@ -120,11 +128,12 @@ class DenseModel:
     """The source model in float32.
 
     Weights stay in the source's precision and are cast block by block; a model whose float32 weights fit
-    `cache_bytes` is cast once and kept.
+    `cache_bytes` is cast once and kept, on `device`, where everything is computed.
     """
 
     source: Source
     cache_bytes: int = CACHE_BYTES
+    device: torch.device = CPU
     _blocks: dict[int, Block] = field(default_factory=dict, repr=False)
     _tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -142,8 +151,11 @@ class DenseModel:
 
     def _small(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
-            self._tensors[name] = self.source.tensor(name)
+            self._tensors[name] = self._tensor(name)
         return self._tensors[name]
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self.source.tensor(name).to(self.device)
 
     def block(self, index: int) -> Block:
         """Decoder block `index` in float32."""
@@ -153,12 +165,12 @@ class DenseModel:
         weights: dict[str, torch.Tensor] = {}
         biases: dict[str, torch.Tensor | None] = {}
         for group, members in GROUPS.items():
-            weights[group] = torch.cat([self.source.tensor(f"{prefix}{m}.weight") for m in members])
+            weights[group] = torch.cat([self._tensor(f"{prefix}{m}.weight") for m in members])
             named = [f"{prefix}{m}.bias" for m in members]
-            biases[group] = torch.cat([self.source.tensor(b) for b in named]) if self.source.has(named[0]) else None
+            biases[group] = torch.cat([self._tensor(b) for b in named]) if self.source.has(named[0]) else None
         block = Block(
-            self.source.tensor(prefix + "input_layernorm.weight"),
-            self.source.tensor(prefix + "post_attention_layernorm.weight"),
+            self._tensor(prefix + "input_layernorm.weight"),
+            self._tensor(prefix + "post_attention_layernorm.weight"),
             weights,
             biases,
         )
@@ -186,9 +198,9 @@ class DenseModel:
         return self._small("model.norm.weight")
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [B, N] -> f32 [B, N, D]."""
+        """ids [B, N], on any device -> f32 [B, N, D]."""
         _check_ids(ids, self.config.vocab_size)
-        return F.embedding(ids, self.embedding)
+        return F.embedding(ids.to(self.device), self.embedding)
 
     @torch.no_grad()
     def block_inputs(self, ids: torch.Tensor, report: Callable[[int], None] | None = None) -> list[torch.Tensor]:
@@ -196,7 +208,7 @@ class DenseModel:
 
         `report(n)` is called when n blocks are done.
         """
-        rope = rope_tables(self.config, 0, ids.shape[1])
+        rope = rope_tables(self.config, 0, ids.shape[1], self.device)
         states = [self.embed(ids)]
         for index in range(self.config.num_layers):
             states.append(self._run_block(self.block(index), states[-1], rope))
@@ -206,13 +218,15 @@ class DenseModel:
 
     def _run_block(self, block: Block, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         norms = (block.input_norm, block.post_norm)
+        if x.device.type != "cpu":
+            return decoder_block(self.config, norms, x, block.apply, rope)
         # one sequence at a time: the activations of one window fit the caches, those of a batch do not
         return torch.cat([decoder_block(self.config, norms, row[None], block.apply, rope) for row in x])
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [B, N] -> the head's input (after the final norm), f32 [B, N, D]."""
-        rope = rope_tables(self.config, 0, ids.shape[1])
+        rope = rope_tables(self.config, 0, ids.shape[1], self.device)
         x = self.embed(ids)
         for index in range(self.config.num_layers):
             x = self._run_block(self.block(index), x, rope)
@@ -231,11 +245,12 @@ class DenseModel:
         blocks = [self.block(i) if self.fits_cache else self.block(i).to(dtype) for i in range(self.config.num_layers)]
         head, norm = self.head_weight.to(dtype), self.final_norm.to(dtype)
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
-        caches = [KVCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in blocks]
+        room = partial(torch.zeros, shape, dtype=dtype, device=self.device)
+        caches = [KVCache(room(), room()) for _ in blocks]
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.full((batch, length), start, dtype=torch.int64)
+        ids = torch.full((batch, length), start, dtype=torch.int64, device=self.device)
         for position in range(length - 1):
-            rope = rope_tables(self.config, position, 1)
+            rope = rope_tables(self.config, position, 1, self.device)
             x = self.embed(ids[:, position : position + 1]).to(dtype)
             for block, cache in zip(blocks, caches, strict=True):
                 x = decoder_block(self.config, (block.input_norm, block.post_norm), x, block.apply, rope, cache)
@@ -243,7 +258,7 @@ class DenseModel:
             ids[:, position + 1] = draw(torch.softmax(logits, -1), generator)
             if progress:
                 progress(position + 1)
-        return ids
+        return ids.cpu()
 
     def start_token(self) -> int:
         """The token that opens a text: BOS, or the end-of-text token of models without one."""
@@ -254,7 +269,8 @@ class DenseModel:
 
 def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One token i64 [B] from each of the distributions p f32 [B, V], by its cumulated probabilities: one random number
-    each, where torch.multinomial draws one for every word and takes longer than a small model.
+    each, where torch.multinomial draws one for every word and takes longer than a small model. The generator is the
+    processor's, so that a seed means the same numbers on every device.
 
     Raises:
         LowtideError: a distribution is not finite.
@@ -262,7 +278,7 @@ def draw(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     up_to = p.cumsum(-1)
     if not bool(up_to[:, -1].isfinite().all()):
         raise LowtideError("the model's output is not finite: its weights are damaged")
-    aim = torch.rand(len(p), 1, generator=generator) * up_to[:, -1:]
+    aim = torch.rand(len(p), 1, generator=generator).to(p.device) * up_to[:, -1:]
     return torch.searchsorted(up_to, aim, right=True)[:, 0].clamp_max(p.shape[1] - 1)
 
 

@@ -3,6 +3,8 @@
 An AMD EPYC with AVX512_BF16 is faster with bfloat16; an Intel Xeon with the same flag, but without AMX, takes 1.8 times
 as long as in float32, and a quarter of float32's time with int8. Flags do not tell, so one product of each is timed,
 once a process. LOWTIDE_PRODUCTS sets it, which a run must do that shall be repeated on another machine.
+
+On a GPU float32 means TF32 where there is such a thing: 10 bits of mantissa, bfloat16 has 7. int8 is not tried there.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import torch.nn.functional as F
 
 from lowtide.errors import LowtideError
 
+CPU = torch.device("cpu")
 VARIABLE = "LOWTIDE_PRODUCTS"
 AHEAD, INTEGERS_AHEAD = 1.2, 2.0
 """How much faster bfloat16 and int8 must be: they are less exact."""
-SHAPE = (256, 1024, 1024)
+SHAPE, SHAPE_ELSEWHERE = (256, 1024, 1024), (8192, 2048, 2048)
+"""Tokens, inputs and outputs of the products that are timed, on a processor and on other devices."""
 ROUNDS = 5
 
 
@@ -55,6 +59,15 @@ def products() -> Products:
         else:
             _chosen.append(_fastest())
     return _chosen[0]
+
+
+def choose(device: torch.device) -> None:
+    """Choose for products on a device, which may not be the processor that they were chosen for before."""
+    if device.type == "cpu":
+        return
+    torch.set_float32_matmul_precision("high")
+    if not os.environ.get(VARIABLE):
+        _chosen[:] = [_fastest(device)]
 
 
 def use(name: str, where: str = "products ") -> None:
@@ -97,19 +110,22 @@ def int8_is_exact() -> bool:
         return False
 
 
-def _fastest() -> Products:
-    plain, half = _seconds(torch.float32), _seconds(torch.bfloat16)
+def _fastest(device: torch.device = CPU) -> Products:
+    plain, half = _seconds(torch.float32, device), _seconds(torch.bfloat16, device)
     floats = torch.bfloat16 if half * AHEAD < plain else torch.float32
-    return Products(floats, _seconds(torch.int8) * INTEGERS_AHEAD < min(plain, half))
+    if device.type != "cpu":
+        return Products(floats)
+    return Products(floats, _seconds(torch.int8, device) * INTEGERS_AHEAD < min(plain, half))
 
 
-def _seconds(kind: torch.dtype) -> float:
+def _seconds(kind: torch.dtype, device: torch.device) -> float:
     """The best of a few products, as other work on the machine only adds."""
-    tokens, inputs, out = SHAPE
-    x, w = torch.ones(tokens, inputs, dtype=kind), torch.ones(out, inputs, dtype=kind)
+    tokens, inputs, out = SHAPE if device.type == "cpu" else SHAPE_ELSEWHERE
+    x, w = torch.ones(tokens, inputs, dtype=kind, device=device), torch.ones(out, inputs, dtype=kind, device=device)
     found = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        int8_product(x, w.T) if kind == torch.int8 else F.linear(x, w)
+        y = int8_product(x, w.T) if kind == torch.int8 else F.linear(x, w)
+        y[-1, -1].item()  # waits for the device
         found.append(time.perf_counter() - began)
     return min(found)

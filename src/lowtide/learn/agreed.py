@@ -13,8 +13,8 @@ from lowtide.learn.parallel import Parallel
 NAME = "products"
 
 
-def agree(team: Parallel, work: Path) -> str:
-    """Set the type of products; returns its name.
+def agree(team: Parallel, work: Path, device: torch.device = products.CPU) -> str:
+    """Set the type of products on a device; returns its name.
 
     LOWTIDE_PRODUCTS comes first, then what the run in `work` began with, then what the first process finds fastest.
 
@@ -22,6 +22,7 @@ def agree(team: Parallel, work: Path) -> str:
         LowtideError: a type that is unknown.
     """
     kept = work / NAME
+    products.choose(device)
     if team.main:
         if kept.exists() and not os.environ.get(products.VARIABLE):
             products.use(kept.read_text().strip(), f"{kept}: products ")

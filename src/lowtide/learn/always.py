@@ -11,10 +11,14 @@ class Always:
     """Weights that are read whatever the mask, few of [out, in]: in rows and in columns, compressed.
 
     A dense product would take as long as that of a slice; for one weight in 250, which is what outliers are, this took
-    a sixth to a half of that (SmolLM2's shapes, one thread; a trial that left no results file).
+    a sixth to a half of that (SmolLM2's shapes, one thread; a trial that left no results file). On other devices than
+    the processor they are dense all the same: there products are cheap and launches are not.
     """
 
     def __init__(self, weights: torch.Tensor) -> None:
+        if weights.device.type != "cpu":
+            self.by_rows, self.by_columns = weights, weights.T
+            return
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
             self.by_rows, self.by_columns = weights.to_sparse_csr(), weights.T.contiguous().to_sparse_csr()
@@ -29,4 +33,4 @@ class Always:
 
     def dense(self) -> torch.Tensor:
         """f32 [out, in]."""
-        return self.by_rows.to_dense()
+        return self.by_rows if self.by_rows.layout == torch.strided else self.by_rows.to_dense()

@@ -7,31 +7,34 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from lowtide.compress.dense import CPU
 from lowtide.compress.products import product_type, products
 from lowtide.format.groups import GroupTensors
 from lowtide.learn.slices import MOST_SLICES, FloatSlices, IntegerSlices, Slices, chunks
 
 
 class Code:
-    """The digits of one group as a function of its weights: fixed scales, outliers and shrink factors.
+    """The digits of one group as a function of its weights, on a device: fixed scales, outliers and shrink factors.
 
     With K = sum_s t_s 4^-s the code of w is `q = round((w / (r c) + K) 4^(S-1))`, and level L stands for
     `r c gamma_L (floor(q / 4^(S-L)) 4^(1-L) - sum_{s<L} t_s 4^-s)`.
     """
 
-    def __init__(self, group: GroupTensors) -> None:
+    def __init__(self, group: GroupTensors, device: torch.device = CPU) -> None:
         self.slices = group.slices
-        self.rows = torch.from_numpy(np.concatenate([g.row_scale.astype(np.float32) for g in group.linears]))[:, None]
-        self.cols = torch.from_numpy(group.col_scale.astype(np.float32))
+        rows = np.concatenate([g.row_scale.astype(np.float32) for g in group.linears])
+        self.rows = torch.from_numpy(rows)[:, None].to(device)
+        self.cols = torch.from_numpy(group.col_scale.astype(np.float32)).to(device)
         self._base = self.rows, self.cols
         self.shrink = [float(s) for s in group.shrink]
         self.centres = group.centres
         halves = [c / 2 for c in group.centres]
         self.offsets = [sum(t * 4.0**-s for s, t in enumerate(halves[: n + 1])) for n in range(self.slices)]
-        self.stored = torch.from_numpy(group.codes())
-        self.fixed = torch.from_numpy(group.beside())  # training leaves these alone
+        self.stored = torch.from_numpy(group.codes()).to(device)
+        self.fixed = torch.from_numpy(group.beside()).to(device)  # training leaves these alone
         self._places = self.fixed.flatten().nonzero()[:, 0]
         self._kept = self.stored.flatten()[self._places]
+        self._ends: list[int] = []
 
     def thin(self) -> None:
         """Keep the few stored digits that training leaves alone, with their places; `units` has had its turn."""
@@ -63,17 +66,18 @@ class Code:
 
     def coded(self, digits: torch.Tensor) -> Slices:
         """Slices of codes u8 [out, in]."""
-        made, fill = self._begin(*digits.shape)
-        for part in chunks(*digits.shape):
+        made, fill = self._begin(digits)
+        for part in chunks(digits):
             fill(digits[part].float(), part)
         return made
 
-    def _begin(self, out: int, inputs: int) -> tuple[Slices, Callable[[torch.Tensor, slice], None]]:
-        """Slices to be filled, some rows' codes f32 at a time, in the type that products run in."""
+    def _begin(self, of: torch.Tensor) -> tuple[Slices, Callable[[torch.Tensor, slice], None]]:
+        """Slices of [out, in] to be filled, some rows' codes f32 at a time, in the type that products run in."""
+        out, inputs = of.shape
         if products().integers and self.slices <= MOST_SLICES:
-            digits = torch.empty(out, self.slices * inputs, dtype=torch.int8)
+            digits = of.new_empty(out, self.slices * inputs, dtype=torch.int8)
             return IntegerSlices(digits, self.shrink), lambda q, part: self._fill_digits(q, digits[part])
-        planes = torch.empty(out, self.slices * inputs, dtype=product_type())
+        planes = of.new_empty(out, self.slices * inputs, dtype=product_type())
         return FloatSlices(planes, self.slices), lambda q, part: self._fill_planes(q, planes[part])
 
     def _fill_digits(self, q: torch.Tensor, digits: torch.Tensor) -> None:
@@ -100,10 +104,12 @@ class Code:
         weight, log_rows, log_cols = parameters
         assert weight is not None and log_rows is not None and log_cols is not None
         self.rescale_by(log_rows, log_cols)
-        out, inputs = weight.shape
-        made, fill = self._begin(out, inputs)
-        parts = chunks(out, inputs)
-        ends = torch.searchsorted(self._places, torch.tensor([part.stop * inputs for part in parts])).tolist()
+        made, fill = self._begin(weight)
+        inputs, parts = weight.shape[1], chunks(weight)
+        if len(self._ends) != len(parts):
+            stops = torch.tensor([part.stop * inputs for part in parts])
+            self._ends = torch.searchsorted(self._places.cpu(), stops).tolist()
+        ends = self._ends
         for part, first, last in zip(parts, [0, *ends], ends, strict=False):
             q = self._coded(weight[part])
             q.view(-1).index_copy_(0, self._places[first:last] - part.start * inputs, self._kept[first:last].float())

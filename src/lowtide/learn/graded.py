@@ -127,7 +127,7 @@ class _Product(torch.autograd.Function):
         tau: float,
     ) -> Any:
         slices, rows, cols = group.coded(weight, log_rows, log_cols)
-        coded, count = slices.read(a, cols, score, theta.tolist())
+        coded, count = slices.read(a, cols, score, theta.unbind())
         ctx.train_weight = weight is not None
         # What only rows' scales need is kept in half the bytes, unless all shall be exact.
         short = coded if products() == EXACT else coded.to(torch.bfloat16)
@@ -145,12 +145,12 @@ class _Product(torch.autograd.Function):
         own = grads[0] * rows
         back, kind = slices.back(own), product_type()
         grad_a, grad_score, grad_theta = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(theta)
-        grad_cols, read = torch.zeros_like(cols), torch.empty(a.shape if ctx.train_weight else (0,), dtype=kind)
-        for part in chunks(*a.shape):
+        grad_cols, read = torch.zeros_like(cols), a.new_empty(a.shape if ctx.train_weight else (0,), dtype=kind)
+        for part in chunks(a):
             scaled, opened = a[part] * cols, grads[1][part][:, None]
             mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
             through, pull = torch.zeros_like(scaled), torch.zeros_like(scaled)
-            for k, (t, moved) in enumerate(zip(theta.tolist(), back(part), strict=True)):
+            for k, (t, moved) in enumerate(zip(theta, back(part), strict=True)):
                 through.addcmul_(moved, torch.gt(score[part], t, out=mask))
                 torch.sub(score[part], t, out=soft).div_(ctx.tau).sigmoid_()
                 soft.addcmul_(soft, soft, value=-1)  # the sigmoid's slope
@@ -176,7 +176,8 @@ class GradedModel:
 
     Args:
         artifact: its scales, outliers and digits.
-        dense: the model it was made from: what is distilled, and the weights that training begins with.
+        dense: the model it was made from: what is distilled, and the weights that training begins with. Everything
+            lies on its device.
         train_weights: hold the decoder's weights as parameters; `refresh` codes them anew. Weights that were trained
             jointly before, or coded with error feedback, go on from their digits.
         rank: of what is added to the weights (LoRA, arXiv 2106.09685), at most; 0 lets all of them learn.
@@ -191,12 +192,13 @@ class GradedModel:
     ) -> None:
         check_model(artifact, dense)
         self.config, self.dense, self.rank, self.seed = dense.config, dense, rank, seed
+        self.device = dense.device
         self.codes: dict[str, Code] = {}
         self.row_scales: dict[str, torch.Tensor] = {}
         self.groups: dict[str, GradedGroup] = {}
         self.norms: list[nn.ParameterList] = []
         # The artifact's norms, not the dense model's: joint training moves them.
-        stored = {name: torch.from_numpy(np.array(artifact.tensor(name))) for name, _ in norm_specs(self.config)}
+        stored = {n: torch.from_numpy(np.array(artifact.tensor(n))).to(self.device) for n, _ in norm_specs(self.config)}
         learned = artifact.manifest.stats.get("learned")
         trained = isinstance(learned, dict) and bool(learned.get("joint"))
         from_digits = trained or "feedback" in artifact.manifest.stats
@@ -214,13 +216,13 @@ class GradedModel:
         self.codes.pop("head", None)
         self.last = nn.ParameterList([nn.Parameter(stored["model.norm.weight"], requires_grad=train_weights)])
         table = "head" if self.config.tied else "embed"
-        self.embedding = torch.from_numpy(artifact.groups[table].lookup())
+        self.embedding = torch.from_numpy(artifact.groups[table].lookup()).to(self.device)
         body = [g for name, g in self.groups.items() if name != "head"]
         self.weights = sum(g.out * g.inputs for g in body)
 
     def _add(self, group: GroupTensors) -> None:
         """Take a group of the artifact."""
-        code = self.codes[group.name] = Code(group)
+        code = self.codes[group.name] = Code(group, self.device)
         self.groups[group.name] = _group(group, code)
         self.row_scales[group.name] = code.rows[:, 0]
 
@@ -229,7 +231,7 @@ class GradedModel:
         group, code = self.groups[name], self.codes[name]
         units = code.units() if weight is None else weight / code.cols / code.rows
         learned = {"weight": units, "bias": group.stored_bias}
-        learned |= {"log_rows": torch.zeros(group.out), "log_cols": torch.zeros(group.inputs)}
+        learned |= {"log_rows": units.new_zeros(group.out), "log_cols": units.new_zeros(group.inputs)}
         if self.rank:
             learned |= low_rank(units, self.rank, zlib.crc32(f"{self.seed} {name}".encode()))
         fixed = {"weight"} if self.rank else set()
@@ -287,8 +289,8 @@ class GradedModel:
 
     def hidden(self, ids: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
         """ids i64 [B, N] -> (what the head reads f32 [B, N, D], bits read in the body f32 [B, N], per weight)."""
-        rope = rope_tables(self.config, 0, ids.shape[1])
-        x = F.embedding(ids, self.embedding)
+        rope = rope_tables(self.config, 0, ids.shape[1], self.device)
+        x = F.embedding(ids.to(self.device), self.embedding)
         bits: list[torch.Tensor] = []
         for index in range(self.config.num_layers):
             x, read = self.block(index, x, rope, masks)
@@ -339,18 +341,20 @@ def low_rank(units: torch.Tensor, rank: int, seed: int) -> dict[str, torch.Tenso
     out, inputs = units.shape
     rank = min(rank, out, inputs)
     draw = torch.Generator().manual_seed(seed)
-    return {"up": torch.zeros(out, rank), "down": torch.randn(rank, inputs, generator=draw) / rank**0.5}
+    down = torch.randn(rank, inputs, generator=draw).to(units.device) / rank**0.5
+    return {"up": units.new_zeros(out, rank), "down": down}
 
 
 def _group(group: GroupTensors, code: Code) -> GradedGroup:
+    device, bias = code.cols.device, np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])
     return GradedGroup(
         name=group.name,
         slices=code.coded(code.stored),
         rows=code.rows[:, 0],
         cols=code.cols,
-        always=Always(torch.from_numpy(group.always())),
-        stored_bias=torch.from_numpy(np.concatenate([linear.bias.astype(np.float32) for linear in group.linears])),
-        mean=torch.from_numpy(group.mean.astype(np.float32)),
+        always=Always(torch.from_numpy(group.always()).to(device)),
+        stored_bias=torch.from_numpy(bias).to(device),
+        mean=torch.from_numpy(group.mean.astype(np.float32)).to(device),
         side_bits=8 * group.side_bytes(),
     )
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from lowtide.compress.products import product_type
 from lowtide.learn.graded import GradedGroup, GradedModel, Masks
 
-TOKENS = 64
-"""Whose logits are in memory at a time."""
+TOKENS, TOKENS_ELSEWHERE = 64, 2048
+"""Whose logits are in memory at a time, on a processor and on other devices."""
 
 
 def head_kl(
@@ -41,19 +41,20 @@ class _HeadKL(torch.autograd.Function):
     def forward(
         ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, head: GradedGroup, dense_head: torch.Tensor, masks: Masks
     ) -> Any:
-        grad, total = torch.empty_like(ours), 0.0
+        grad, total = torch.empty_like(ours), ours.new_zeros((), dtype=torch.float64)
+        at_once = TOKENS if ours.device.type == "cpu" else TOKENS_ELSEWHERE
         score, theta = masks.scores("head", ours - head.mean)
-        for start in range(0, len(ours), TOKENS):
-            part = slice(start, start + TOKENS)
+        for start in range(0, len(ours), at_once):
+            part = slice(start, start + at_once)
             product = _Masked(head, ours[part], score[part], theta)
             wanted = F.linear(theirs[part].to(product_type()), dense_head).float()
             given = product.forward()
             p, q = wanted.softmax(-1), given.softmax(-1)
             norms = _log_norm(wanted, p) - _log_norm(given, q)
-            total += float(wanted.sub_(given).mul_(p).sum()) - float(norms.sum())
+            total += wanted.sub_(given).mul_(p).sum() - norms.sum()
             grad[part] = product.backward(q.sub_(p))
         ctx.save_for_backward(grad / len(ours))
-        return torch.tensor(total / len(ours))
+        return (total / len(ours)).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -64,7 +65,7 @@ class _Masked:
     """The head's product for a few tokens x f32 [T, D], with scores f32 [T, D] and thresholds f32 [S], log2."""
 
     def __init__(self, head: GradedGroup, x: torch.Tensor, score: torch.Tensor, theta: torch.Tensor) -> None:
-        self._head, self._a, self._score, self._cuts = head, x - head.mean, score, theta.tolist()
+        self._head, self._a, self._score, self._cuts = head, x - head.mean, score, theta.unbind()
 
     def forward(self) -> torch.Tensor:
         """Logits f32 [T, V]."""

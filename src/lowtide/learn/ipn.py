@@ -57,7 +57,8 @@ class Ipn(nn.Module):
     """Parameters for all groups of a model.
 
     Args:
-        importance: the untrained importance f32 [in] of every group, head included (0 for exact channels).
+        importance: the untrained importance f32 [in] of every group, head included (0 for exact channels). Where these
+            lie, and tables with them, everything lies.
         grid: budgets in bits per weight, ascending; tables: thresholds f32 [B, S] in log2 of every group.
         features: H of every probe; 0 for no offset.
         seed: of the probes' first weights.
@@ -85,6 +86,7 @@ class Ipn(nn.Module):
         self.features = features if "offset" in parts else 0
         self.start = {name: v.clamp_min(TINY).log2() for name, v in importance.items()}
         self.open = {name: (v > 0).float() for name, v in importance.items()}
+        self.has_exact = {name: not bool(v.all()) for name, v in self.open.items()}
         table: dict[str, nn.Parameter] = {}
 
         def learn(name: str, what: str, value: torch.Tensor) -> None:
@@ -96,17 +98,17 @@ class Ipn(nn.Module):
             if name == "head":
                 continue
             if "theta" in parts:
-                learn(name, "delta", torch.zeros(tables[name].shape[1]))
-                learn(name, "slope", torch.zeros(tables[name].shape[1]))
+                learn(name, "delta", torch.zeros_like(tables[name][0]))
+                learn(name, "slope", torch.zeros_like(tables[name][0]))
             if self.features:
-                learn(name, "mix", torch.zeros(self.features + 1))
-                learn(name, "gain", torch.zeros(1))
+                learn(name, "mix", v.new_zeros(self.features + 1))
+                learn(name, "gain", v.new_zeros(1))
                 if FEATURE_GROUPS[_kind(name)] == _kind(name):
                     probe = torch.randn(self.features, len(v), generator=generator) / math.sqrt(len(v))
-                    learn(name, "probe", probe)
-                    learn(name, "bias", torch.zeros(self.features))
+                    learn(name, "probe", probe.to(v.device))
+                    learn(name, "bias", v.new_zeros(self.features))
         self.table = nn.ParameterDict(table)
-        self.level = nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.level = nn.Parameter(v.new_zeros(2), requires_grad=False)
 
     def get(self, name: str, what: str) -> nn.Parameter | None:
         """A group's parameter, None if it does not learn that."""
@@ -151,7 +153,7 @@ class Ipn(nn.Module):
     def gain(self, name: str, bits: float) -> torch.Tensor:
         """Weight of the offset at a budget: 1 at MIDDLE bits, not negative."""
         gain = self.get(name, "gain")
-        return torch.ones(1) if gain is None else (1 + gain * self.tilt(bits)).clamp_min(0)
+        return torch.ones_like(self.level[:1]) if gain is None else (1 + gain * self.tilt(bits)).clamp_min(0)
 
     def feature_values(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Features f32 [T, H] of the residual stream x f32 [T, in] at the input of group `name` (qkv or gate_up)."""
@@ -228,7 +230,7 @@ class At:
             offset = ipn.offset(name, self._features[FEATURE_GROUPS[_kind(name)]])
             self.offsets[name] = offset
             score = score + (ipn.gain(name, self.bits) * offset)[:, None]
-        if not bool(ipn.open[name].all()):
+        if ipn.has_exact[name]:
             score = score.masked_fill(ipn.open[name] == 0, -torch.inf)
         theta = ipn.theta(name, self.bits)
         if name == "head":

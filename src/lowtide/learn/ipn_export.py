@@ -57,13 +57,13 @@ def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
             bias = ipn.get(name, "bias")
             assert bias is not None
             fields = {
-                "probe": digits.to(torch.int8).numpy(),
-                "scale": scale.numpy(),
-                "bias": bias.detach().numpy().copy(),
+                "probe": digits.to(torch.int8).cpu().numpy(),
+                "scale": scale.cpu().numpy(),
+                "bias": bias.detach().cpu().numpy().copy(),
             }
         if mix is not None:
-            fields["mix"] = mix.detach().numpy().copy()
-        found[name] = IpnTensors(importance=importance.numpy(), **fields)
+            fields["mix"] = mix.detach().cpu().numpy().copy()
+        found[name] = IpnTensors(importance=importance.cpu().numpy(), **fields)
     return found
 
 
@@ -79,7 +79,7 @@ def take_stored(ipn: Ipn, artifact: Artifact) -> None:
         assert stored is not None
         values: dict[str, torch.Tensor] = {}
         importance = torch.from_numpy(stored.importance.astype(np.float32)).clamp_min(2.0**-24).log2()
-        values["importance"] = torch.where(ipn.open[name] > 0, importance - start, 0.0)
+        values["importance"] = torch.where(ipn.open[name].cpu() > 0, importance - start.cpu(), 0.0)
         if stored.mix is not None and stored.gain is not None:
             values["mix"] = torch.from_numpy(stored.mix.copy())
             gain = torch.from_numpy(stored.gain.copy())
@@ -118,7 +118,7 @@ def thresholds(
         ]
         log = torch.stack([*rows, torch.full_like(ipn.tables[name][-1], LOWEST)])
         never = ipn.tables[name] >= 39.9  # infinite, before it became finite for learning
-        found[name] = torch.where(never, torch.inf, log.exp2()).float().numpy()
+        found[name] = torch.where(never, torch.inf, log.exp2()).float().cpu().numpy()
     return found, reads
 
 
@@ -149,7 +149,7 @@ def _further(model: GradedModel, at: At, bits: float) -> float:
     curves = []
     for name, margins in at.margins.items():
         flat = margins.reshape(-1)[:: _stride(margins.numel(), margins.shape[2])]
-        curves.append((flat.sort().values, 2.0 * model.groups[name].out * margins.shape[0] * margins.shape[2]))
+        curves.append((flat.sort().values.cpu(), 2.0 * model.groups[name].out * margins.shape[0] * margins.shape[2]))
     low, high = -8.0, 8.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -187,7 +187,7 @@ def write_weights(
         LowtideError: a bias that left float16's range, or no room.
     """
     manifest = artifact.manifest
-    norms = {name: whole(norm).float().numpy() for name, norm in model.norm_tensors().items()}
+    norms = {name: whole(norm).float().cpu().numpy() for name, norm in model.norm_tensors().items()}
     if not main:
         for name in model.codes:
             _with_weights(artifact.groups[name], model, name)
@@ -216,14 +216,14 @@ def write_weights(
 
 def _with_weights(group: GroupTensors, model: GradedModel, name: str) -> GroupTensors:
     found, learned_bias = model.trained(name)
-    digits, bias, code = found.numpy(), learned_bias.to(torch.float16).numpy(), model.codes[name]
+    digits, bias, code = found.cpu().numpy(), learned_bias.to(torch.float16).cpu().numpy(), model.codes[name]
     if not np.isfinite(bias).all():
         raise LowtideError(f"{name}: a trained bias left float16's range; lower --weight-rate")
     linears, first = [], 0
     for linear in group.linears:
         rows = slice(first, first + linear.out_features)
         packed = codec.pack_digits(digits[rows], group.slices)
-        scale = code.rows[rows, 0].to(torch.float16).numpy()
+        scale = code.rows[rows, 0].to(torch.float16).cpu().numpy()
         linears.append(dataclasses.replace(linear, weight=packed, bias=bias[rows], row_scale=scale))
         first += linear.out_features
-    return dataclasses.replace(group, linears=linears, col_scale=code.cols.to(torch.float16).numpy())
+    return dataclasses.replace(group, linears=linears, col_scale=code.cols.to(torch.float16).cpu().numpy())

@@ -75,12 +75,12 @@ def loss_of(
 
 def mean_open(model: GradedModel, at: At) -> torch.Tensor:
     """Soft masks' mean over all slices and weights of the body: the L1 norm of the mask, from 0 to 1."""
-    total, weights = torch.zeros(()), 0
+    parts, weights = [], 0
     for name, margins in at.margins.items():
         group = model.groups[name]
-        total = total + group.out * torch.sigmoid(margins / at.tau).mean((0, 1)).sum()
+        parts.append(group.out * torch.sigmoid(margins / at.tau).mean((0, 1)).sum())
         weights += group.out * group.inputs
-    return total / weights
+    return torch.stack(parts).sum() / weights
 
 
 def unrest(model: GradedModel, at: At, window: int, draw: torch.Generator | None = None) -> torch.Tensor:
@@ -88,14 +88,15 @@ def unrest(model: GradedModel, at: At, window: int, draw: torch.Generator | None
 
     The copy's input is x (1 + noise), whose log2 score moves by log2(1 + noise): scores are products.
     """
-    total, weights = torch.zeros(()), 0
+    parts, weights = [], 0
     for name, margins in at.margins.items():
         out = model.groups[name].out
         slices, tokens, inputs = margins.shape
         soft = torch.sigmoid(margins / at.tau).view(slices, tokens // window, window, inputs)
-        moved = margins + torch.log2((1 + NOISE * torch.randn(tokens, inputs, generator=draw)).clamp_min(0.1))
+        noise = torch.randn(tokens, inputs, generator=draw).to(margins.device)
+        moved = margins + torch.log2((1 + NOISE * noise).clamp_min(0.1))
         jumps = (soft[:, :, 1:] - soft[:, :, :-1]).abs().mean()
         shaken = (soft.view_as(margins) - torch.sigmoid(moved / at.tau)).abs().mean()
-        total = total + out * inputs * (jumps + shaken)
+        parts.append(out * inputs * (jumps + shaken))
         weights += out * inputs
-    return total / weights
+    return torch.stack(parts).sum() / weights

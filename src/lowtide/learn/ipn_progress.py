@@ -112,7 +112,7 @@ def save(
         tensors |= {f"adam.{index}.{what}": torch.as_tensor(v) for what, v in state.get(index, {}).items()}
         for full, tensor in tensors.items():
             split = is_sharded(p) and tensor.ndim > 0  # Adam's count of steps has no rows
-            (rows if split else every)[full] = own(tensor).clone()
+            (rows if split else every)[full] = own(tensor).to("cpu", copy=True)
     if shards:
         write_tensors(_rows_path(folder, run.step, team.rank), rows, {})
         team.wait()
@@ -148,7 +148,7 @@ def load(
         for index, (name, p) in enumerate(parameters.items()):
             rows = rows_of(len(p), team.rank, team.world) if is_sharded(p) else range(len(p))
             for when, values in found.items():
-                values[name] = saved.get(f"{when}.{name}", rows, len(p))
+                values[name] = saved.get(f"{when}.{name}", rows, len(p)).to(p.device)
             for full in saved.names(f"adam.{index}."):
                 value = saved.get(full, rows, len(p))
                 split = is_sharded(p) and value.ndim > 0

@@ -89,6 +89,8 @@ class IpnOptions:
         low, high = self.bits
         if not 0 < low < high:
             raise LowtideError(f"--bits {low:g},{high:g}: two budgets in bits per weight, ascending")
+        if self.check_every < 1:
+            raise LowtideError(f"--check-every {self.check_every}: must be 1 or more")
         if self.steps < 0 or self.windows < 1:
             raise LowtideError(f"--steps {self.steps}, --windows {self.windows}: must be 0 and 1 or more")
         if not 1 <= self.features <= 64:
@@ -154,16 +156,17 @@ class Learner:
             else:
                 rate = o.rate * share
             groups.append({"params": [p], "lr": rate, "rate0": rate})
-        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+        return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self.model.device.type != "cpu" or None)
 
-    def _dense(self, row: int) -> torch.Tensor:
-        """What the dense model's head reads for a window, f32 [N, D]; kept, as windows come again, up to KEPT_BYTES."""
-        found = self._states.get(row)
-        if found is None:
-            found = self.model.dense.hidden(self.ids[row : row + 1])[0]
-            if (len(self._states) + 1) * found.nbytes <= KEPT_BYTES:
-                self._states[row] = found
-        return found
+    def _dense(self, rows: list[int]) -> torch.Tensor:
+        """What the dense model's head reads for windows, f32 [B, N, D]; kept, as they come again, up to KEPT_BYTES."""
+        new = [row for row in rows if row not in self._states]
+        found = dict(zip(new, self.model.dense.hidden(self.ids[new]), strict=True)) if new else {}
+        every = torch.stack([found[row] if row in found else self._states[row] for row in rows])
+        for row, state in found.items():
+            if (len(self._states) + 1) * state.nbytes <= KEPT_BYTES:
+                self._states[row] = state.clone()
+        return every
 
     def _rows(self, number: int) -> torch.Tensor:
         """A step's windows, i64 [windows]: the whole text in a random order before any of it comes again, for what is
@@ -187,7 +190,7 @@ class Learner:
         bits = low if at_low < o.focus else low + (high - low) * spread
         mine = rows[team.share(o.windows)]
         ids = self.ids[mine]
-        theirs = torch.stack([self._dense(int(row)) for row in mine])
+        theirs = self._dense(mine.tolist())
         margins = o.prices.needs_margins
         at = At(self.ipn, bits, tau=o.tau, keep_margins=margins, keep_density=True, full_head=o.head == "full")
         if team.rank:  # perturbed copies are each process's own
@@ -229,13 +232,13 @@ class Learner:
             budgets = budgets[:2]
         points = []
         for bits in budgets:
-            found = torch.zeros(2)
+            found = torch.zeros(2, device=self.model.device)
             if self._held_hidden is not None:
                 at = At(self.ipn, bits, full_head=self.options.head == "full")
                 hidden, used = self.model.hidden(held, at)
                 kl = head_kl(self.model, hidden, self._held_hidden, self.dense_head, at)
                 found = torch.stack([used.mean(), kl])
-            read, kl = team.reduce_mean(found * part).tolist()
+            read, kl = team.reduce_mean(found * part).cpu().tolist()
             points.append({"bits": bits, "read": read, "kl": kl})
         values = [math.log(max(p["kl"], 1e-8)) + ELASTICITY * (p["read"] - p["bits"]) for p in points]
         return {"value": sum(values) / len(values), "points": points}

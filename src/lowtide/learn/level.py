@@ -38,7 +38,8 @@ def hold(ipn: Ipn, bits: float, read: float, density: float) -> None:
     """Move the level after a step at a budget that read so many bits."""
     place = ipn.place(bits)
     move = GAIN * (read - bits) / max(density, FLOOR) / (1 + place * place)
-    ipn.level.add_(move * torch.tensor([1.0, place]))
+    ipn.level[0] += move
+    ipn.level[1] += move * place
 
 
 @torch.no_grad()

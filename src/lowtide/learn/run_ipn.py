@@ -26,6 +26,7 @@ from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
+from lowtide.learn.devices import device_for, name_of
 from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
@@ -55,6 +56,7 @@ def learn_ipn(
     force: bool = False,
     report: Report = lambda *_: None,
     network: str | Path | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train an importance prediction network for an artifact; the model's weights stay as they are.
 
@@ -68,6 +70,7 @@ def learn_ipn(
         tokens: of it, at most.
         resume, force, report: as everywhere.
         network: another artifact of the same model, whose network is where training begins, e.g. one without feedback.
+        device: what it runs on, see `lowtide.learn.devices`.
 
     Returns:
         Figures: held-out `before` and `after` at a few budgets, steps, best_step, trained_tokens, probe_ratio, ...
@@ -78,7 +81,8 @@ def learn_ipn(
     """
     team = join(options.windows, weights=False)
     target, opened = Path(out).absolute(), open_artifact(artifact)
-    return _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report, network)
+    dense = DenseModel(open_source(model), device=device_for(device, team.world))
+    return _learn(team, opened, Path(artifact), dense, target, options, text, tokens, resume, force, report, network)
 
 
 def rate_for(hidden: int) -> float:
@@ -99,6 +103,7 @@ def learn_joint(
     force: bool = False,
     report: Report = lambda *_: None,
     network: str | Path | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Train the model's weights and its importance prediction network together, and write an ordinary artifact.
 
@@ -108,7 +113,7 @@ def learn_joint(
         options: how to train; `weight_rate` above 0, or None.
         artifact: an artifact of the model to begin with, its network too as in `learn_ipn`; by default the model is
             compressed first, on `calibration` or `text`.
-        text, tokens, resume, force, report, network: see `learn_ipn`.
+        text, tokens, resume, force, report, network, device: see `learn_ipn`. Compressing needs no device.
     """
     if options.weight_rate is None:
         options = dataclasses.replace(options, weight_rate=rate_for(open_source(model).config.hidden_size))
@@ -117,6 +122,7 @@ def learn_joint(
     team = join(options.windows)
     if team.mesh is not None and options.rank:
         raise LowtideError(f"--rank {options.rank}: not with --use_fsdp, which shares out full weights")
+    found = device_for(device, team.world)
     target = Path(out).absolute()
     _check_out(target, force)
     if network is not None:
@@ -132,8 +138,8 @@ def learn_joint(
                 compress(source, folder.path / "artifact", calibration=given, seed=options.seed, progress=report)
         team.wait()
         artifact = start / "artifact"
-    opened = open_artifact(artifact)
-    done = _learn(team, opened, Path(artifact), model, target, options, text, tokens, resume, force, report, network)
+    opened, dense = open_artifact(artifact), DenseModel(open_source(model), device=found)
+    done = _learn(team, opened, Path(artifact), dense, target, options, text, tokens, resume, force, report, network)
     if team.main:
         shutil.rmtree(start, ignore_errors=True)
     return done
@@ -143,7 +149,7 @@ def _learn(
     team: Parallel,
     artifact: Artifact,
     folder: Path,
-    model: str | Path,
+    dense: DenseModel,
     out: Path,
     options: IpnOptions,
     text: str | Path | None,
@@ -156,7 +162,6 @@ def _learn(
     began = time.monotonic()
     report = report if team.main else lambda *_: None
     _check_out(out, force)
-    dense = DenseModel(open_source(model))
     joint = bool(options.weight_rate)
     if "offset" not in options.parts:
         raise LowtideError(
@@ -182,9 +187,9 @@ def _learn(
                 shutil.rmtree(work, ignore_errors=True)
             WorkFolder(work, {"run": key})
         team.wait()
-        multiplied = agree(team, work)
+        multiplied = agree(team, work, dense.device)
         graded = _model(team, artifact, dense, joint, options)
-        ipn = _network(artifact, grid, tables, options)
+        ipn = _network(artifact, grid, tables, options, dense.device)
         if goes_on:
             take_stored(ipn, first)
         for name, group in graded.groups.items():
@@ -204,7 +209,8 @@ def _learn(
     if not team.main:
         return {}
     shutil.rmtree(work, ignore_errors=True)
-    return figures | {"probe_ratio": ratio, "products": multiplied, "seconds": round(time.monotonic() - began, 1)}
+    figures |= {"probe_ratio": ratio, "device": name_of(dense.device), "products": multiplied}
+    return figures | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
@@ -278,12 +284,13 @@ def _sampled(dense: DenseModel, count: int, window: int, seed: int, report: Repo
     return torch.cat(parts)
 
 
-def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOptions) -> Ipn:
+def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOptions, device: torch.device) -> Ipn:
     importance = {
-        name: torch.from_numpy(group.importance.astype(np.float32))
+        name: torch.from_numpy(group.importance.astype(np.float32)).to(device)
         for name, group in artifact.groups.items()
         if name != "embed"
     }
+    tables = {name: table.to(device) for name, table in tables.items()}
     return Ipn(importance, grid, tables, options.features, options.seed, options.parts, *options.bits)
 
 

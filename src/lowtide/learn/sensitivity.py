@@ -50,7 +50,7 @@ def sensitivities(
     inputs: dict[str, list[torch.Tensor]] = {}
     say: dict[str, list[torch.Tensor]] = {}
     scales = model.row_scales
-    rope = rope_tables(config, 0, ids.shape[1])
+    rope = rope_tables(config, 0, ids.shape[1], dense.device)
     head = dense.head_weight.to(product_type())
     for done, row in enumerate(ids):
         x = dense.embed(row[None]).requires_grad_(True)
@@ -111,7 +111,7 @@ def _fit(
     centre = x[:train].mean(0)
     p = probe.detach().clone().requires_grad_(True)
     b = torch.zeros_like(bias).requires_grad_(True)
-    m = torch.zeros(len(served), ipn.features + 1).requires_grad_(True)
+    m = torch.zeros(len(served), ipn.features + 1, device=x.device).requires_grad_(True)
     optimiser = torch.optim.AdamW([p, b, m], lr=RATE, weight_decay=DECAY)
     z = (x - centre) / spread
 
@@ -122,7 +122,7 @@ def _fit(
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        rows = torch.randint(0, train, (min(BATCH, train),), generator=generator)
+        rows = torch.randint(0, train, (min(BATCH, train),), generator=generator).to(x.device)
         loss = torch.stack([cost(s[rows], o) for s, o in zip(say, offsets(z[rows]), strict=True)]).sum()
         optimiser.zero_grad()
         torch.autograd.backward(loss)

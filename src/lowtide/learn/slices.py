@@ -10,7 +10,7 @@ engines round them (by classes of channels, which is finer), its gradient to two
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lowtide.compress.products import int8_product
 
 CHUNK = 1 << 16
-"""Values that elementwise passes take at a time: from memory they would cost as much as the products."""
+"""Values that elementwise passes of processors take at a time: from memory they would cost as much as the products."""
 MOST_SLICES = 3
 """Whose digits, times 4^(S - 1 - s), fit int8: 6 * 16 at most."""
 LARGEST, FINER = 127, 254
@@ -33,7 +33,7 @@ class Slices(Protocol):
     """Of one group, in units of its scales."""
 
     def read(
-        self, a: torch.Tensor, cols: torch.Tensor, score: torch.Tensor, cuts: list[float]
+        self, a: torch.Tensor, cols: torch.Tensor, score: torch.Tensor, cuts: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """a f32 [T, in] times column scales f32 [in], slice s read where score f32 [T, in] > cuts[s], which ascend ->
         (y f32 [T, out], slices open f32 [T])."""
@@ -51,11 +51,11 @@ class FloatSlices:
         self.planes, self.count = planes, count
 
     def read(
-        self, a: torch.Tensor, cols: torch.Tensor, score: torch.Tensor, cuts: list[float]
+        self, a: torch.Tensor, cols: torch.Tensor, score: torch.Tensor, cuts: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Slices`. All slices are one product."""
-        read, count = torch.empty(len(a), self.planes.shape[1], dtype=self.planes.dtype), torch.zeros(len(a))
-        for part in chunks(*a.shape):
+        read, count = self.planes.new_empty(len(a), self.planes.shape[1]), a.new_zeros(len(a))
+        for part in chunks(a):
             scaled = a[part] * cols
             mask = torch.empty_like(scaled)
             for t, slot in zip(cuts, read[part].chunk(self.count, 1), strict=True):
@@ -80,13 +80,13 @@ class IntegerSlices:
         self._unit = 0.5 * 4.0 ** (1 - len(shrink))
 
     def read(
-        self, a: torch.Tensor, cols: torch.Tensor, score: torch.Tensor, cuts: list[float]
+        self, a: torch.Tensor, cols: torch.Tensor, score: torch.Tensor, cuts: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Slices`."""
-        count, units = torch.zeros(len(a)), torch.empty(len(a), 1)
-        read = torch.empty(len(a), self.digits.shape[1], dtype=torch.int8)
+        count, units = a.new_zeros(len(a)), a.new_empty(len(a), 1)
+        read = self.digits.new_empty(len(a), self.digits.shape[1])
         steps = [g - before for g, before in zip(self.shrink, [0.0, *self.shrink], strict=False)]
-        for part in chunks(*a.shape):
+        for part in chunks(a):
             masks = [torch.gt(score[part], t).float() for t in cuts]
             whole = torch.zeros_like(masks[0])
             for mask, step in zip(masks, steps, strict=True):
@@ -103,8 +103,8 @@ class IntegerSlices:
         """See `Slices`."""
         tokens = len(g)
         unit = g.abs().amax(1, keepdim=True).clamp_min_(TINY).div_(LARGEST)
-        both = torch.empty(2 * tokens, g.shape[1], dtype=torch.int8)
-        for part in chunks(*g.shape):
+        both = self.digits.new_empty(2 * tokens, g.shape[1])
+        for part in chunks(g):
             scaled = g[part] / unit[part]
             first = scaled.round()
             both[part] = first
@@ -116,7 +116,7 @@ class IntegerSlices:
             rest = slice(part.start + tokens, part.stop + tokens)
             added = passed[part].float().add_(passed[rest], alpha=1 / FINER).mul_(unit[part])
             found: list[torch.Tensor] = []
-            total = last = torch.zeros(())
+            total = last = added.new_zeros(())
             for own, shrink in zip(added.chunk(len(self.shrink), 1), self.shrink, strict=True):
                 total = own + total
                 value = total * shrink
@@ -127,7 +127,9 @@ class IntegerSlices:
         return moved
 
 
-def chunks(rows: int, columns: int) -> list[slice]:
-    """Runs of rows so few that several passes over them in float32 stay in a core's cache."""
-    count = max(1, CHUNK // columns)
+def chunks(of: torch.Tensor) -> list[slice]:
+    """Runs of rows [rows, columns] so few that several passes over them in float32 stay in a core's cache; all rows at
+    once where there are thousands of cores."""
+    rows, columns = of.shape
+    count = max(1, CHUNK // columns if of.device.type == "cpu" else rows)
     return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]

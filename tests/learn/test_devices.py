@@ -1,0 +1,104 @@
+"""Training on another device than the processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.learning import FAST, tensors
+from support.pretend import AVAILABLE, pretend
+from typer.testing import CliRunner
+
+from lowtide.cli.app import app
+from lowtide.errors import LowtideError
+from lowtide.learn import devices, run_ipn
+from lowtide.learn.devices import device_for
+from lowtide.learn.ipn_loss import Prices
+from lowtide.learn.sensitivity import fit_probes
+
+JOINT = dataclasses.replace(FAST, weight_rate=0.01, focus=0.5)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device that is not the processor: what torch finds no GPU for."""
+    if not AVAILABLE:
+        pytest.skip("this torch has no backends written in Python")
+    with pretend() as device:
+        monkeypatch.setattr(run_ipn, "device_for", lambda name, processes: device)
+        monkeypatch.setattr(run_ipn, "fit_probes", functools.partial(fit_probes, steps=20))
+        yield device
+
+
+def test_a_tensor_left_behind_is_refused(elsewhere):
+    with pytest.raises(RuntimeError, match="not on the device"):
+        torch.zeros(3, device=elsewhere) + torch.ones(3)
+
+
+@pytest.mark.parametrize("change", [{}, {"rank": 2, "prices": Prices("l1", consistency=0.1)}])
+def test_joint_training_is_the_same_elsewhere(source, few_tokens, tmp_path, elsewhere, monkeypatch, change):
+    options = dataclasses.replace(JOINT, **change)
+    given = options, source / "artifact", source / "text", 400
+    there = run_ipn.learn_joint(source / "model", tmp_path / "there", *given)
+    monkeypatch.setattr(run_ipn, "device_for", device_for)
+    here = run_ipn.learn_joint(source / "model", tmp_path / "here", *given)
+    ours, theirs = ([h["value"] for h in run["history"]] for run in (there, here))
+    assert ours[0] == pytest.approx(theirs[0], abs=2e-3)
+    assert ours == pytest.approx(theirs, abs=0.05)  # masks flip where sums are in another order
+    assert ours[-1] < ours[0] - 0.1
+    assert there["device"] == "pretend" and here["device"] == "cpu"
+    expected, found = tensors(tmp_path / "here"), tensors(tmp_path / "there")
+    for name in (n for n in expected if n.endswith(("row_scale", "col_scale"))):
+        np.testing.assert_allclose(found[name], expected[name], rtol=0.02)
+
+
+def test_a_network_learns_elsewhere_and_a_run_goes_on_here(source, few_tokens, tmp_path, elsewhere, monkeypatch):
+    out = tmp_path / "out"
+    save, count = run_ipn.progress.save, []
+
+    def interrupted(*args):
+        save(*args)
+        count.append(1)
+        raise KeyboardInterrupt
+
+    arguments = source / "artifact", source / "model", out, FAST, None, 200
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_ipn.progress, "save", interrupted)
+        run_ipn.learn_ipn(*arguments)
+    there = run_ipn.learn_ipn(*arguments)
+    assert count and there["steps"] == FAST.steps and there["probe_ratio"] is None
+    monkeypatch.setattr(run_ipn, "device_for", device_for)
+    here = run_ipn.learn_ipn(*arguments[:2], tmp_path / "here", *arguments[3:])
+    assert there["history"][-1]["value"] == pytest.approx(here["history"][-1]["value"], abs=0.05)
+
+
+def test_devices_that_cannot_be_had(monkeypatch):
+    with pytest.raises(LowtideError, match="--device tpu: known are auto, cpu, cuda"):
+        device_for("tpu")
+    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: False)
+    assert device_for("auto").type == "cpu"
+    with pytest.raises(LowtideError, match="--device cuda: torch finds no GPU"):
+        device_for("cuda")
+    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
+    assert device_for("auto").type == "cuda" and device_for("cpu").type == "cpu"
+    assert device_for("auto", processes=2).type == "cpu"
+    with pytest.raises(LowtideError, match="2 processes train on the processor"):
+        device_for("cuda", processes=2)
+
+
+def test_the_command_says_what_it_ran_on(source, few_tokens, tmp_path):
+    paths = [str(source / "artifact"), str(source / "model"), str(tmp_path / "out")]
+    more = ["--bits", "4,6", "--steps", "2", "--windows", "2", "--check-every", "1", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(app, ["learn", "ipn", *paths, "--text", str(source / "text"), *more])
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert figures["device"] == "cpu" and [h["step"] for h in figures["history"]] == [0, 1, 2]
+
+
+def test_looking_every_zeroth_step_is_refused():
+    with pytest.raises(LowtideError, match="--check-every 0"):
+        dataclasses.replace(FAST, check_every=0)
