@@ -18,6 +18,7 @@ from lowtide.errors import LowtideError
 from lowtide.learn import devices, run_ipn
 from lowtide.learn.devices import device_for
 from lowtide.learn.ipn_loss import Prices
+from lowtide.learn.ipn_train import IpnOptions
 from lowtide.learn.sensitivity import fit_probes
 
 JOINT = dataclasses.replace(FAST, weight_rate=0.01, focus=0.5)
@@ -97,6 +98,24 @@ def test_the_command_says_what_it_ran_on(source, few_tokens, tmp_path):
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
     assert figures["device"] == "cpu" and [h["step"] for h in figures["history"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("command", "name"), [("ipn", "learn_ipn"), ("joint", "learn_joint")])
+def test_options_reach_the_training(tmp_path, monkeypatch, command, name):
+    given = {}
+
+    def learn(*arguments):
+        given["options"] = next(a for a in arguments if isinstance(a, IpnOptions))
+        given["device"] = arguments[-1]
+        return {}
+
+    monkeypatch.setattr(run_ipn, name, learn)
+    paths = [str(tmp_path / "artifact"), "model", str(tmp_path / "out")][command == "joint" :]
+    done = CliRunner().invoke(
+        app, ["learn", command, *paths, "--head", "full", "--check-every", "7", "--device", "cuda"]
+    )
+    assert done.exit_code == 0, done.output
+    assert (given["options"].head, given["options"].check_every, given["device"]) == ("full", 7, "cuda")
 
 
 def test_looking_every_zeroth_step_is_refused():

@@ -13,6 +13,7 @@ from lowtide.cli.options import (
     Device,
     Force,
     Json,
+    LossHead,
     Model,
     Network,
     Out,
@@ -107,6 +108,7 @@ def ipn(
         str, typer.Option(help="hinge (on bits above the budget) or l1 (open masks' mean).")
     ] = "hinge",
     l1: Annotated[float, typer.Option("--l1", help="Weight of the l1 term.")] = 1.0,
+    head: LossHead = "once",
     consistency: Consistency = 0.0,
     network: Network = None,
     check_every: CheckEvery = 25,
@@ -136,6 +138,7 @@ def ipn(
         windows=windows,
         features=features,
         parts=tuple(p.strip() for p in parts.split(",")),
+        head=head,
         prices=Prices(sparsity_loss, l1=l1, consistency=consistency),
         check_every=check_every,
         seed=seed,
@@ -165,9 +168,7 @@ def joint(
         float | None, typer.Option(help="Adam's rate for weights, relative to their size. [default: by the width]")
     ] = None,
     rank: Annotated[int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights.")] = 0,
-    head: Annotated[
-        str, typer.Option(help="What the output head is read at, which runs should do, too: once (the budget) or full.")
-    ] = "once",
+    head: LossHead = "once",
     consistency: Consistency = 0.0,
     network: Network = None,
     check_every: CheckEvery = 25,

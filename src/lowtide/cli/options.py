@@ -68,6 +68,9 @@ Network: TypeAlias = Annotated[
     Path | None,
     typer.Option(help="Another artifact of the model, whose network training begins with.", metavar="ARTIFACT"),
 ]
+LossHead: TypeAlias = Annotated[
+    str, typer.Option(help="What the output head is read at, which runs should do, too: once (the budget) or full.")
+]
 CheckEvery: TypeAlias = Annotated[
     int, typer.Option(help="Steps between looks at held-out text, each followed by a checkpoint.")
 ]
