@@ -4,8 +4,8 @@
 
 Articles of some length, in the dump's order, their markup taken away: templates, tables, references, links' targets.
 WikiText's spelling (arXiv 1609.07843): words and punctuation apart, ` @-@ `, ` @,@ ` and ` @.@ ` inside of words and
-numbers, words outside of a vocabulary replaced by <unk>. Articles whose title is one of --leave-out's are left out, so
-that what is judged on a WikiText is not trained on.
+numbers, words outside of a vocabulary replaced by <unk>. Articles that share a run of RUN words with a text of
+--leave-out are left out, so that what is judged there is not trained on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ VOCABULARY = 33_278
 SHORTEST = 1_500
 """Characters of an article."""
 PAGE = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.DOTALL)
-TITLE = re.compile(r"^ = ([^=].*[^=]) = $", re.MULTILINE)
+RUN = 13
+"""Words in a row, but for punctuation and <unk>, that texts do not share by chance (GPT-3, arXiv 2005.14165)."""
 NESTED = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\|).)*?\|\}", re.DOTALL)
 LISTED = re.compile(r"^[*#:;|!].*$", re.MULTILINE)
 MARKUP = [
-    (re.compile(r"<!--.*?-->|<(ref|math|gallery|table|pre|code|div|small)\b[^>]*>.*?</\1>|<[^>]*>", re.DOTALL), ""),
-    (re.compile(r"\[\[(?:image|file|category|[a-z-]{2,12}):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", re.I), ""),
+    (re.compile(r"<!--.*?-->", re.DOTALL), ""),
+    (re.compile(r"<[a-z]+\b[^<>]*/>", re.I), ""),
+    (re.compile(r"<(ref|math|gallery|table|pre|code|div|small)\b[^<>]*>.*?</\1>", re.DOTALL | re.I), ""),
+    (re.compile(r"</?[a-z][^<>\n]*>", re.I), ""),
+    (re.compile(r"\[\[(?:image|file|category):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", re.I), ""),
+    (re.compile(r"\[\[(?:simple|[a-z]{2,3}(?:-[a-z]+)*):[^\[\]|]*\]\]"), ""),
     (re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]"), r"\1"),
     (re.compile(r"\[(?:https?|ftp):\S*\s*([^\]]*)\]"), r"\1"),
     (re.compile(r"'{2,}"), ""),
@@ -47,19 +52,26 @@ SPELLING = [
 
 def main() -> None:
     o = _arguments().parse_args()
-    left_out = {_key(t) for path in o.leave_out for t in TITLE.findall(path.read_text(encoding="utf-8"))}
-    parts, size, most = [], 0, int(o.megabytes * 1e6)
+    judged = set[int]().union(*(runs(path.read_text(encoding="utf-8")) for path in o.leave_out))
+    parts, size, most, dropped = [], 0, int(o.megabytes * 1e6), 0
     with o.dump.open("rb") as file:
         dump = file.read(int(o.dump_megabytes * 1e6)).decode("utf-8", "ignore")
     for title, article in articles(dump):
-        if _key(title) in left_out:
+        if judged and not judged.isdisjoint(runs(article)):
+            dropped += 1
             continue
         parts.append(f" = {title} = \n \n{article}\n")
         size += len(parts[-1].encode())
         if size >= most:
             break
     o.out.write_text(known("\n".join(parts)), encoding="utf-8")
-    print(f"{o.out}: {len(parts)} articles, {o.out.stat().st_size / 1e6:.1f} MB; titles left out: {len(left_out)}")
+    print(f"{o.out}: {len(parts)} articles, {o.out.stat().st_size / 1e6:.1f} MB; {dropped} left out")
+
+
+def runs(text: str) -> set[int]:
+    """Hashes of all runs of RUN words."""
+    words = re.findall(r"[a-z0-9]+", text.lower().replace("<unk>", " "))
+    return {hash(tuple(words[i : i + RUN])) for i in range(len(words) - RUN + 1)}
 
 
 def articles(dump: str) -> Iterator[tuple[str, str]]:
@@ -97,17 +109,13 @@ def known(text: str) -> str:
     return re.sub(r"[^\s]+", lambda m: m[0] if m[0] in vocabulary else "<unk>", text)
 
 
-def _key(title: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", re.sub(r" @(.)@ ", r"\1", title).lower())
-
-
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--megabytes", type=float, default=30.0, help="of the text, about")
     parser.add_argument("--dump-megabytes", type=float, default=90.0, help="of the dump that are read")
-    parser.add_argument("--leave-out", type=Path, action="append", default=[], help="a WikiText, its titles; repeat")
+    parser.add_argument("--leave-out", type=Path, action="append", default=[], help="a text that is judged; repeat")
     return parser
 
 

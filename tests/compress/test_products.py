@@ -43,26 +43,41 @@ def test_a_product_is_timed():
     assert 0 < products._seconds(torch.float32, torch.device("cpu")) < 10
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [(None, "bfloat16"), ("float32", "float32")])
-def test_a_gpu_chooses_anew_and_among_floats(monkeypatch, wanted, expected):
-    device, precision = torch.device("cuda"), torch.get_float32_matmul_precision()
+@pytest.fixture
+def gpu(monkeypatch):
+    """Not a real one: its products are timed by a stand-in, in which bfloat16 is fastest."""
     monkeypatch.setattr(products, "_seconds", lambda kind, where: {torch.bfloat16: 0.5, torch.float32: 1.0}[kind])
     monkeypatch.setattr(products, "_chosen", [TYPES["int8"]])
+    monkeypatch.setattr(products, "_chosen_for", ["cpu"])
+    names = "allow_tf32", "allow_bf16_reduced_precision_reduction"
+    before = [getattr(torch.backends.cuda.matmul, name) for name in names]
+    yield torch.device("cuda")
+    for name, value in zip(names, before, strict=True):
+        setattr(torch.backends.cuda.matmul, name, value)
+
+
+@pytest.mark.parametrize(("wanted", "expected", "tf32"), [(None, "bfloat16", True), ("float32", "float32", False)])
+def test_a_gpu_chooses_anew_and_among_floats(monkeypatch, gpu, wanted, expected, tf32):
     if wanted:
         monkeypatch.setenv(products.VARIABLE, wanted)
-        monkeypatch.setattr(products, "_chosen", [])
-    try:
-        products.choose(device)
-        assert products.name() == expected
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    products.choose(gpu)
+    assert products.name() == expected and torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
-def test_the_processor_keeps_what_it_chose(monkeypatch):
-    monkeypatch.setattr(products, "_chosen", [TYPES["int8"]])
+def test_int8_cannot_be_asked_for_there(monkeypatch, gpu):
+    monkeypatch.setenv(products.VARIABLE, "int8")
+    with pytest.raises(LowtideError, match="LOWTIDE_PRODUCTS=int8: .* on processors only"):
+        products.choose(gpu)
+
+
+def test_a_processor_keeps_what_it_chose_but_not_a_gpus(monkeypatch, gpu):
     products.choose(torch.device("cpu"))
     assert products.name() == "int8"
+    products.choose(gpu)
+    monkeypatch.setattr(products, "_seconds", lambda kind, where: {torch.int8: 0.1}.get(kind, 1.0))
+    products.choose(torch.device("cpu"))
+    assert products.name() == "int8" and products.products().floats == torch.float32
 
 
 def saturating(x, w):

@@ -42,6 +42,14 @@ def products_in_float32():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """Here and in processes that tests launch: they compare bits, which a GPU does not repeat."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Models this small are slower on several threads, and much slower where other programs run."""
     before = torch.get_num_threads()

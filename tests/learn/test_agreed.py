@@ -37,6 +37,17 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path, monkeypatch):
     assert agree(Parallel(), tmp_path) == "int8" and (tmp_path / NAME).read_text() == "int8\n"
 
 
+def test_int8_stays_with_the_processor(tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "_fastest", lambda *_: products.TYPES["bfloat16"])
+    monkeypatch.setattr(products, "_chosen_for", ["cpu"])
+    monkeypatch.setattr(products, "_chosen", [])
+    gpu = torch.device("meta")
+    for begun, goes_on in (("int8", "float32"), ("int8-bfloat16", "bfloat16"), ("float32", "float32")):
+        (tmp_path / NAME).write_text(begun)
+        products.choose(gpu)
+        assert agree(Parallel(), tmp_path, gpu) == goes_on == products.name()
+
+
 def test_the_others_take_the_first_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(products, "_fastest", lambda *_: products.TYPES["float32"])
     assert agree(Second(), tmp_path) == "int8" and products.products() == products.TYPES["int8"]

@@ -26,7 +26,6 @@ from lowtide.learn import ipn_train, run_ipn
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn_loss import Prices
 from lowtide.learn.ipn_train import IpnOptions, Learner
-from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 from lowtide.runtime.budget import policy_params
 
@@ -203,13 +202,28 @@ def test_joint_without_a_weight_rate_is_refused(source, tmp_path):
         learn_joint(source / "model", tmp_path / "out", FAST, source / "artifact", source / "text")
 
 
-def test_out_of_memory_says_what_helps(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried. More"), "enforce fail"),
+        (MemoryError(), "no more to be had"),
+        (torch.OutOfMemoryError("CUDA ran dry. Tried to allocate 2 GiB."), r"\(CUDA ran dry\)"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "ALLOC_FAILED"),
+    ],
+)
+def test_out_of_memory_says_what_helps(source, tmp_path, monkeypatch, error, reason):
     def full(*args, **kwargs):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+        raise error
 
     monkeypatch.setattr(run_ipn, "sensitivities", full)
-    with pytest.raises(LowtideError, match="out of memory .*: fewer --windows help most"):
+    with pytest.raises(LowtideError, match=f"out of memory .*{reason}.*: fewer --windows help most, then fewer --to"):
         learn_ipn(source / "artifact", source / "model", tmp_path / "out", FAST, source / "text")
+
+
+def test_other_errors_are_not_called_out_of_memory():
+    wrong = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert run_ipn._out_of_memory(wrong, torch.device("cuda")) is wrong
+    assert "--device cpu" in str(run_ipn._out_of_memory(MemoryError(), torch.device("cuda")))
 
 
 def test_options_are_checked():
@@ -232,34 +246,6 @@ def test_the_l1_loss_and_consistency_train_too(source, tmp_path):
     options = IpnOptions(steps=3, bits=(4.0, 6.0), windows=2, features=2, prices=Prices("l1", consistency=0.5))
     figures = learn_ipn(source / "artifact", source / "model", tmp_path / "out", options, source / "text")
     assert not figures["diverged"] and torch.isfinite(torch.tensor(figures["after"][0]["kl"]))
-
-
-def test_a_model_writes_as_much_text_as_training_looks_at(small, monkeypatch):
-    monkeypatch.setattr(run_ipn, "PROBE_TOKENS", (64, 64))  # two windows
-    monkeypatch.setattr(run_ipn, "SAMPLED_AT_ONCE", 4)
-    options, told = IpnOptions(steps=3, windows=2, seed=7), []
-
-    def windows(tokens, options=options):
-        return run_ipn._windows(Parallel(), small.model, None, tokens, options, lambda *told_of: told.append(told_of))
-
-    ids = windows(100_000)
-    assert ids.shape == (3 * 2 + 8, 32)
-    assert len({tuple(row) for row in ids.tolist()}) == len(ids)
-    assert told[-1] == ("sample", 128, 128) and [done for _, done, _ in told] == sorted(done for _, done, _ in told)
-    assert torch.equal(windows(8 * 32), ids[:8])  # less text: its beginning
-    assert windows(1).shape == (3, 32)
-    assert windows(100_000, IpnOptions(steps=0)).shape == (2 + 8, 32)
-    assert not torch.equal(windows(8 * 32, IpnOptions(steps=3, windows=2, seed=8)), ids[:8])
-
-
-def test_probes_see_as_much_as_memory_allows(small, monkeypatch):
-    least, most = run_ipn.PROBE_TOKENS
-    assert run_ipn._probe_tokens(small.model) == most  # 2 layers of 32 channels
-    per_token = 2 * 2 * 2 * 32
-    monkeypatch.setattr(run_ipn, "PROBE_BYTES", 20_000 * per_token)
-    assert run_ipn._probe_tokens(small.model) == 20_000
-    monkeypatch.setattr(run_ipn, "PROBE_BYTES", 1)
-    assert run_ipn._probe_tokens(small.model) == least
 
 
 def test_joint_training_in_int8_helps_too(source, tmp_path, monkeypatch):

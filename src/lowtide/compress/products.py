@@ -4,7 +4,8 @@ An AMD EPYC with AVX512_BF16 is faster with bfloat16; an Intel Xeon with the sam
 as long as in float32, and a quarter of float32's time with int8. Flags do not tell, so one product of each is timed,
 once a process. LOWTIDE_PRODUCTS sets it, which a run must do that shall be repeated on another machine.
 
-On a GPU float32 means TF32 where there is such a thing: 10 bits of mantissa, bfloat16 has 7. int8 is not tried there.
+On a GPU products of floats are in TF32 where there is such a thing (10 bits of mantissa, bfloat16 has 7) unless
+LOWTIDE_PRODUCTS says float32. int8 is not tried there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ TYPES = {
     "int8-bfloat16": Products(torch.bfloat16, True),
 }
 _chosen: list[Products] = []
+_chosen_for: list[str] = ["cpu"]
+"""The type of device that it was chosen for."""
 
 
 def products() -> Products:
@@ -62,12 +65,31 @@ def products() -> Products:
 
 
 def choose(device: torch.device) -> None:
-    """Choose for products on a device, which may not be the processor that they were chosen for before."""
-    if device.type == "cpu":
-        return
-    torch.set_float32_matmul_precision("high")
-    if not os.environ.get(VARIABLE):
-        _chosen[:] = [_fastest(device)]
+    """Choose for products on a device; what was chosen for another kind of device is forgotten.
+
+    Raises:
+        LowtideError: LOWTIDE_PRODUCTS asks for int8 where it is not to be had.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if device.type != "cpu" and wanted in TYPES and TYPES[wanted].integers:
+        raise LowtideError(
+            f"{VARIABLE}={wanted}: digits are multiplied in int8 on processors only; float32 or bfloat16"
+        )
+    if device.type == "cuda":  # settings of CUDA's products alone
+        torch.backends.cuda.matmul.allow_tf32 = wanted != "float32"
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if device.type != _chosen_for[0]:
+        _chosen.clear()
+        _chosen_for[0] = device.type
+    if not _chosen and not wanted and device.type != "cpu":  # a processor's are timed when they are first asked for
+        _chosen.append(_fastest(device))
+
+
+def on_device(name: str, device: torch.device) -> str:
+    """What a type chosen elsewhere becomes on a device: without int8 where that is not to be had."""
+    kind = TYPES[name]
+    plain = Products(kind.floats, kind.integers and device.type == "cpu")
+    return next(n for n, known in TYPES.items() if known == plain)
 
 
 def use(name: str, where: str = "products ") -> None:

@@ -22,10 +22,10 @@ def agree(team: Parallel, work: Path, device: torch.device = products.CPU) -> st
         LowtideError: a type that is unknown.
     """
     kept = work / NAME
-    products.choose(device)
     if team.main:
         if kept.exists() and not os.environ.get(products.VARIABLE):
             products.use(kept.read_text().strip(), f"{kept}: products ")
+            products.use(products.on_device(products.name(), device))
         kept.write_text(products.name() + "\n")
     names = list(products.TYPES)
     here = names.index(products.name()) if team.main else 0

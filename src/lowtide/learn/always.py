@@ -12,7 +12,7 @@ class Always:
 
     A dense product would take as long as that of a slice; for one weight in 250, which is what outliers are, this took
     a sixth to a half of that (SmolLM2's shapes, one thread; a trial that left no results file). On other devices than
-    the processor they are dense all the same: there products are cheap and launches are not.
+    the processor they are a dense product like any other.
     """
 
     def __init__(self, weights: torch.Tensor) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lowtide.errors import LowtideError
+from lowtide.learn.parallel import ON
 
 NAMES = ("auto", "cpu", "cuda")
 """`auto`: the first GPU where torch finds one, else the processor. ROCm's torch calls its GPUs cuda as well."""
@@ -13,7 +16,8 @@ NAMES = ("auto", "cpu", "cuda")
 def device_for(name: str, processes: int = 1) -> torch.device:
     """The device that a name of NAMES means.
 
-    Several processes are on the processor (`lowtide.learn.parallel`).
+    Several processes are on the processor (`lowtide.learn.parallel`), and so is one that was launched so
+    (`accelerate launch --cpu`).
 
     Raises:
         LowtideError: another name, or a GPU that torch does not find or that several processes cannot share.
@@ -25,7 +29,8 @@ def device_for(name: str, processes: int = 1) -> torch.device:
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise LowtideError("--device cuda: torch finds no GPU here; install a torch that was built for it")
-    return torch.device("cuda" if found and name != "cpu" and processes == 1 else "cpu")
+    kept_off = name == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ON
+    return torch.device("cuda" if found and name != "cpu" and processes == 1 and not kept_off else "cpu")
 
 
 def name_of(device: torch.device) -> str:

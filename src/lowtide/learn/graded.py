@@ -238,6 +238,7 @@ class GradedModel:
         group.learned = nn.ParameterDict(
             {what: nn.Parameter(value, requires_grad=what not in fixed) for what, value in learned.items()}
         )
+        code.thin()
 
     def _added(self, index: int) -> None:
         """A decoder block is complete."""

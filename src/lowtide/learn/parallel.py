@@ -27,11 +27,12 @@ from lowtide.learn.shards import is_sharded
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others: the first may have a model to compress meanwhile."""
 
-_ON = ("true", "1", "yes", "y", "on", "t")
+ON = ("true", "1", "yes", "y", "on", "t")
+"""How accelerate writes yes in the environment."""
 _OFF = ("false", "0", "no", "n", "off", "f")
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "FSDP_SHARDING_STRATEGY": ("--fsdp_sharding_strategy", ("full_shard", "1")),
-    "FSDP_RESHARD_AFTER_FORWARD": ("--fsdp_reshard_after_forward", (*_ON, *_OFF)),
+    "FSDP_RESHARD_AFTER_FORWARD": ("--fsdp_reshard_after_forward", (*ON, *_OFF)),
     "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", _OFF),
     "FSDP_AUTO_WRAP_POLICY": ("--fsdp_auto_wrap_policy", ("transformer_based_wrap",)),
     "FSDP_FORWARD_PREFETCH": ("--fsdp_forward_prefetch", _OFF),
@@ -107,7 +108,7 @@ class _Accelerated(Parallel):
 
             # accelerate's prepare() shards on accelerators only and wants the whole model first, so it only tells how.
             self.mesh = init_device_mesh("cpu", (self.world,))
-            self.free = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in _ON
+            self.free = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ON
 
     def reduce_mean(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._accelerator.reduce(tensor, "mean")
@@ -150,7 +151,7 @@ def join(windows: int, weights: bool = True) -> Parallel:
 
 def _sharding_asked(weights: bool) -> bool:
     """Whether `accelerate launch --use_fsdp` started this process; LowtideError for options that cannot be had."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in _ON:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ON:
         return False
     if not weights:
         raise LowtideError("--use_fsdp: there are no weights under training to shard; launch with --multi_gpu")

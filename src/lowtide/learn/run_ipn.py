@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import asdict
@@ -15,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowtide.compress import compress
+from lowtide.compress import compress, products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.pack import WorkFolder
 from lowtide.compress.sources import open_source
-from lowtide.compress.text import windows_of_file
 from lowtide.errors import LowtideError
 from lowtide.format.ipn import attach
 from lowtide.format.manifest import IpnInfo
@@ -30,19 +30,16 @@ from lowtide.learn.devices import device_for, name_of
 from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
-from lowtide.learn.ipn_train import DIVERGED, MOST_HELD, IpnOptions, Learner, Report
+from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
-from lowtide.learn.sensitivity import fit_probes, sensitivities
+from lowtide.learn.sensitivity import fit_probes, probe_tokens, sensitivities
 from lowtide.learn.shards import is_sharded
+from lowtide.learn.training_text import file_windows, sampled_shape, sampled_windows
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+"""How torch and CUDA's libraries say so where the error's type does not."""
 TRAINER = 2
 """Raised when a run must not go on from a checkpoint of an older version of the training."""
-SAMPLED_WINDOW = 256
-SAMPLED_AT_ONCE = 128
-"""Windows: their keys and values are in memory together."""
-PROBE_TOKENS, PROBE_BYTES = (16_384, 65_536), 2 << 30
-"""Tokens that the probes' self-supervised start sees: so many at least and at most, between them what their inputs
-leave of so much memory. On stories15M 14,000 leave 0.77 of the distortion, 50,000 leave 0.76, as 100,000 do."""
 
 
 def learn_ipn(
@@ -81,7 +78,9 @@ def learn_ipn(
     """
     team = join(options.windows, weights=False)
     target, opened = Path(out).absolute(), open_artifact(artifact)
-    dense = DenseModel(open_source(model), device=device_for(device, team.world))
+    found = device_for(device, team.world)
+    _check_out(target, force)
+    dense = DenseModel(open_source(model), device=found)
     return _learn(team, opened, Path(artifact), dense, target, options, text, tokens, resume, force, report, network)
 
 
@@ -177,17 +176,22 @@ def _learn(
         low, high = options.bits
         raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
     try:
-        ids = _windows(team, dense, text, tokens, options, report)
-        parts = [(folder / "lowtide.json").read_bytes(), ids.numpy().tobytes()]
+        products.choose(dense.device)
+        work = out.with_name(out.name + ".partial")
+        ids, shape = None, sampled_shape(dense, tokens, options)
+        if text is not None:
+            ids = file_windows(dense, Path(text), tokens, options.seed)
+        parts = [(folder / "lowtide.json").read_bytes(), repr(shape).encode() if ids is None else ids.numpy().tobytes()]
         parts += [] if network is None else [(Path(network) / "lowtide.json").read_bytes()]
         key = json.dumps([TRAINER, asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
-        work = out.with_name(out.name + ".partial")
         if team.main:
             if not resume:
                 shutil.rmtree(work, ignore_errors=True)
             WorkFolder(work, {"run": key})
         team.wait()
         multiplied = agree(team, work, dense.device)
+        if ids is None:
+            ids = sampled_windows(team, dense, shape, options.seed, work, report)
         graded = _model(team, artifact, dense, joint, options)
         ipn = _network(artifact, grid, tables, options, dense.device)
         if goes_on:
@@ -202,15 +206,24 @@ def _learn(
             figures = _finish(learner, run, artifact, folder, out, work, force, report)
         team.wait()
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-            raise
-        reason = (str(error).splitlines() or ["no more to be had"])[0]
-        raise LowtideError(f"out of memory ({reason}): fewer --windows help most, then fewer --tokens") from None
+        raise _out_of_memory(error, dense.device) from None
+    finally:
+        products.choose(products.CPU)
     if not team.main:
         return {}
     shutil.rmtree(work, ignore_errors=True)
     figures |= {"probe_ratio": ratio, "device": name_of(dense.device), "products": multiplied}
     return figures | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> Exception:
+    """What to say of an error that is one for want of memory; any other itself."""
+    said = str(error)
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(m in said for m in NO_MEMORY):
+        return error
+    reason = re.split(r"\. |\n", said)[0] or "no more to be had"
+    knobs = "fewer --windows help most, then fewer --tokens" + (", or --device cpu" if device.type != "cpu" else "")
+    return LowtideError(f"out of memory ({reason}): {knobs}")
 
 
 def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
@@ -252,38 +265,6 @@ def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool, o
     return ShardedModel(artifact, dense, team.mesh, team.free)
 
 
-def _windows(
-    team: Parallel, dense: DenseModel, text: str | Path | None, tokens: int, options: IpnOptions, report: Report
-) -> torch.Tensor:
-    """The training text, i64 [B, N]: windows spread evenly over a file, in an order that is drawn, or sampled."""
-    seed = options.seed
-    if text is None:
-        window = min(SAMPLED_WINDOW, dense.config.max_position)
-        # No more than training can look at: a model writes its text slowly.
-        useful = max(options.steps * options.windows, _probe_tokens(dense) // window) + MOST_HELD
-        count = max(3, min(useful, tokens // window))
-        if not team.main:
-            return team.first(torch.zeros(count, window, dtype=torch.int64))
-        return team.first(_sampled(dense, count, window, seed, report))
-    window = min(512, dense.config.max_position)
-    found = windows_of_file(dense.source, Path(text), windows=max(3, tokens // window))
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return found[order]
-
-
-def _sampled(dense: DenseModel, count: int, window: int, seed: int, report: Report) -> torch.Tensor:
-    """Text that the model writes, i64 [count, window], some windows at a time."""
-    parts, rounds = [], -(-count // SAMPLED_AT_ONCE)
-    for number in range(rounds):
-        batch = min(SAMPLED_AT_ONCE, count - number * SAMPLED_AT_ONCE)
-
-        def progress(done: int, before: int = number * window) -> None:
-            report("sample", before + done + 1, rounds * window)
-
-        parts.append(dense.sample(batch, window, seed + number * 1_000_003, progress))
-    return torch.cat(parts)
-
-
 def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOptions, device: torch.device) -> Ipn:
     importance = {
         name: torch.from_numpy(group.importance.astype(np.float32)).to(device)
@@ -308,18 +289,12 @@ def _start(learner: Learner, work: Path, report: Report) -> float | None:
 
 def _fit(learner: Learner, report: Report) -> float:
     train = learner.ids[: len(learner.ids) - learner.held]
-    count = max(1, _probe_tokens(learner.model.dense) // train.shape[1])
+    count = max(1, probe_tokens(learner.model.dense) // train.shape[1])
     seen = sensitivities(
         learner.model, train[:count], learner.options.seed, lambda done, total: report("probe", done, total)
     )
     ratios = fit_probes(learner.ipn, seen, seed=learner.options.seed)
     return sum(ratios.values()) / len(ratios)
-
-
-def _probe_tokens(dense: DenseModel) -> int:
-    """Inputs of two probes a layer wait in bfloat16."""
-    least, most = PROBE_TOKENS
-    return max(least, min(most, PROBE_BYTES // (4 * dense.config.hidden_size * dense.config.num_layers)))
 
 
 def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.Run:
