@@ -23,13 +23,14 @@ from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import Prices
-from lowtide.learn.ipn_train import IpnOptions, Learner
+from lowtide.learn.ipn_train import FEATURES, IpnOptions, Learner
 from lowtide.learn.sensitivity import fit_probes, sensitivities
 
 NAME = "ablation"
 COLUMNS = ("rule", "bits", "read", "KL", "overlap", "hits")
 ALL = Ipn.PARTS
 CHUNKS = (2, 4, 8)
+OTHER_FEATURES = (2, 8, 16)
 DRIFTS = (0.9, 0.8, 0.6)
 
 
@@ -49,11 +50,13 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def variants(steps: int, windows: int, seed: int) -> dict[str, IpnOptions]:
     """Name of every trained variant and how it is trained."""
-    base = IpnOptions(steps=steps, windows=windows, seed=seed)
+    base = IpnOptions(steps=steps, windows=windows, seed=seed, features=FEATURES)
+    start = replace(base, parts=("offset",), steps=0)
     return {
         "theta learned": replace(base, parts=("theta",)),
         "importance learned": replace(base, parts=("importance",)),
-        "offset, start only": replace(base, parts=("offset",), steps=0),
+        "offset, start only": start,
+        **{f"offset, start only, {n} features": replace(start, features=n) for n in OTHER_FEATURES},
         "offset learned": replace(base, parts=("offset",)),
         "all (ipn)": base,
         "all, l1 for hinge": replace(base, prices=Prices("l1", l1=3.0)),
@@ -157,13 +160,19 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
     }
 
     def network(o: IpnOptions) -> Ipn:
+        assert o.features is not None
         return Ipn(importance, grid, tables, o.features, o.seed, o.parts, *o.bits)
 
     bench = Bench(subject, GradedModel(artifact, subject.dense))
     side = {n: g.side_bits for n, g in bench.model.groups.items()}
     seen = None
     wanted = variants(options.ablation_steps, options.ablation_windows, options.seed)
-    for name, o in [("untrained (channel-norm)", IpnOptions(steps=0, parts=("theta",))), *wanted.items()]:
+    if options.quick:
+        wanted = {name: o for name, o in wanted.items() if not name.endswith("features")}
+    for name, o in [
+        ("untrained (channel-norm)", IpnOptions(steps=0, parts=("theta",), features=FEATURES)),
+        *wanted.items(),
+    ]:
 
         def found(name: str = name, o: IpnOptions = o) -> list[Row]:
             nonlocal seen

@@ -13,6 +13,7 @@ from lowtide.compress import compress
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn import run_ipn
+from lowtide.learn.ipn_train import FEATURES
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
@@ -36,6 +37,18 @@ def test_training_goes_on_from_the_network_that_is_there(source, tmp_path, monke
     wider = dataclasses.replace(idle, features=5)
     monkeypatch.undo()
     assert learn_ipn(tmp_path / "first", source / "model", tmp_path / "wider", wider, source / "text")["probe_ratio"]
+
+
+def test_features_are_those_of_the_network_that_is_there_or_a_few(source, tmp_path):
+    idle = dataclasses.replace(FAST, steps=0, features=None)
+    model, text = source / "model", source / "text"
+    learn_ipn(source / "artifact", model, tmp_path / "few", idle, text)
+    assert open_artifact(tmp_path / "few").manifest.ipn["features"] == FEATURES
+    learn_ipn(source / "artifact", model, tmp_path / "five", dataclasses.replace(idle, features=5), text)
+    again = learn_ipn(tmp_path / "five", model, tmp_path / "again", idle, text)
+    assert open_artifact(tmp_path / "again").manifest.ipn["features"] == 5 and again["probe_ratio"] is None
+    other = learn_ipn(source / "artifact", model, tmp_path / "other", idle, text, network=tmp_path / "five")
+    assert open_artifact(tmp_path / "other").manifest.ipn["features"] == 5 and other["probe_ratio"] is None
 
 
 def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, monkeypatch):

@@ -102,7 +102,9 @@ def ipn(
     bits: Annotated[str, typer.Option(help="Lowest and highest budget to train for.", metavar="LOW,HIGH")] = "2,4",
     steps: Annotated[int, typer.Option(help="Steps end to end, after the self-supervised start.")] = 100,
     windows: StepWindows = 8,
-    features: Annotated[int, typer.Option(help="Features of each probe.")] = 16,
+    features: Annotated[
+        int | None, typer.Option(help="Features of each probe. [default: those of the network it begins with, or 4]")
+    ] = None,
     parts: Annotated[str, typer.Option(help="What learns.")] = "importance,theta,offset",
     sparsity_loss: Annotated[
         str, typer.Option(help="hinge (on bits above the budget) or l1 (open masks' mean).")

@@ -36,6 +36,9 @@ MOST_HELD = 8
 """Windows held out for checking, at most."""
 KEPT_BYTES = 1 << 30
 """Of the dense model's states."""
+FEATURES = 4
+"""Of each probe: every token reads the probes, and more features save less than their bytes do elsewhere
+(docs/dynamic.md)."""
 HEADS = ("once", "full")
 """What the loss reads the output head at: the budget, or in full."""
 SCALE_RATE = 0.5
@@ -64,7 +67,8 @@ class IpnOptions:
         head: what the loss reads the output head at: "once", the budget, or "full".
         tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
         average: decay, for each step, of the average of parameters that is kept (`ipn_progress.Run.follow`).
-        features: H of each probe. parts: ingredients that learn. check_every: steps between looks at held-out windows.
+        features: H of each probe; None: as many as the network has that training begins with, or FEATURES.
+        parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
     """
 
@@ -80,7 +84,7 @@ class IpnOptions:
     tau: float = 0.7
     prices: Prices = field(default_factory=Prices)
     average: float = 0.95
-    features: int = 16
+    features: int | None = None
     parts: tuple[str, ...] = Ipn.PARTS
     check_every: int = 25
     seed: int = 0
@@ -93,7 +97,7 @@ class IpnOptions:
             raise LowtideError(f"--check-every {self.check_every}: must be 1 or more")
         if self.steps < 0 or self.windows < 1:
             raise LowtideError(f"--steps {self.steps}, --windows {self.windows}: must be 0 and 1 or more")
-        if not 1 <= self.features <= 64:
+        if self.features is not None and not 1 <= self.features <= 64:
             raise LowtideError(f"--features {self.features}: must be 1 to 64")
         if not 0 <= self.focus <= 1:
             raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")

@@ -30,7 +30,7 @@ from lowtide.learn.devices import device_for, name_of
 from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
-from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
+from lowtide.learn.ipn_train import DIVERGED, FEATURES, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.sensitivity import fit_probes, probe_tokens, sensitivities
 from lowtide.learn.shards import is_sharded
@@ -169,6 +169,7 @@ def _learn(
     check_model(artifact, dense)
     if tokens < 1:
         raise LowtideError(f"--tokens {tokens}: must be 1 or more")
+    options = _with_features(options, artifact if network is None else open_artifact(network))
     first = artifact if network is None else _network_of(network, artifact, options)
     goes_on = _goes_on(first, options)
     grid, tables = budget_tables(first, "ipn" if goes_on else "channel-norm")
@@ -226,6 +227,14 @@ def _out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> E
     return LowtideError(f"out of memory ({reason}): {knobs}")
 
 
+def _with_features(options: IpnOptions, first: Artifact) -> IpnOptions:
+    """The number of features settled: by default that of the network that training begins with."""
+    if options.features is not None:
+        return options
+    has = first.manifest.ipn
+    return dataclasses.replace(options, features=FEATURES if has is None else has["features"])
+
+
 def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
     """Whether training begins with the network that the artifact has: if it is of the size asked for."""
     has = artifact.manifest.ipn
@@ -272,6 +281,7 @@ def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOpt
         if name != "embed"
     }
     tables = {name: table.to(device) for name, table in tables.items()}
+    assert options.features is not None
     return Ipn(importance, grid, tables, options.features, options.seed, options.parts, *options.bits)
 
 
