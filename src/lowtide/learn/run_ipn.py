@@ -162,29 +162,19 @@ def _learn(
     report = report if team.main else lambda *_: None
     _check_out(out, force)
     joint = bool(options.weight_rate)
-    if "offset" not in options.parts:
-        raise LowtideError(
-            f"--parts {','.join(options.parts)}: offset must be among them; an artifact stores its probes"
-        )
     check_model(artifact, dense)
-    if tokens < 1:
-        raise LowtideError(f"--tokens {tokens}: must be 1 or more")
     options = _with_features(options, artifact if network is None else open_artifact(network))
     first = artifact if network is None else _network_of(network, artifact, options)
     goes_on = _goes_on(first, options)
     grid, tables = budget_tables(first, "ipn" if goes_on else "channel-norm")
-    if not grid[0] <= options.bits[0] < options.bits[1] <= grid[-1]:
-        low, high = options.bits
-        raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
+    _check(options, tokens, grid)
     try:
         products.choose(dense.device)
         work = out.with_name(out.name + ".partial")
         ids, shape = None, sampled_shape(dense, tokens, options)
         if text is not None:
             ids = file_windows(dense, Path(text), tokens, options.seed)
-        parts = [(folder / "lowtide.json").read_bytes(), repr(shape).encode() if ids is None else ids.numpy().tobytes()]
-        parts += [] if network is None else [(Path(network) / "lowtide.json").read_bytes()]
-        key = json.dumps([TRAINER, asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
+        key = _key(options, folder, network, repr(shape).encode() if ids is None else ids.numpy().tobytes())
         if team.main:
             if not resume:
                 shutil.rmtree(work, ignore_errors=True)
@@ -215,6 +205,26 @@ def _learn(
     shutil.rmtree(work, ignore_errors=True)
     figures |= {"probe_ratio": ratio, "device": name_of(dense.device), "products": multiplied}
     return figures | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _check(options: IpnOptions, tokens: int, grid: list[float]) -> None:
+    """LowtideError for what cannot be trained; grid: the budgets that the artifact stores."""
+    if "offset" not in options.parts:
+        raise LowtideError(
+            f"--parts {','.join(options.parts)}: offset must be among them; an artifact stores its probes"
+        )
+    if tokens < 1:
+        raise LowtideError(f"--tokens {tokens}: must be 1 or more")
+    low, high = options.bits
+    if not grid[0] <= low < high <= grid[-1]:
+        raise LowtideError(f"--bits {low:g},{high:g}: the artifact stores budgets from {grid[0]:g} to {grid[-1]:.2f}")
+
+
+def _key(options: IpnOptions, folder: Path, network: str | Path | None, text: bytes) -> str:
+    """What a checkpoint must have been made with: the trainer, its options, artifacts and text."""
+    parts = [(folder / "lowtide.json").read_bytes(), text]
+    parts += [] if network is None else [(Path(network) / "lowtide.json").read_bytes()]
+    return json.dumps([TRAINER, asdict(options), *(hashlib.sha256(part).hexdigest() for part in parts)])
 
 
 def _out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> Exception:
