@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.figures:
         trained = json.loads(options.figures.read_text(encoding="utf-8"))
         kept = ("steps", "best_step", "trained_tokens", "probe_ratio", "budget_error", "seconds", "history")
-        about["training"] = {k: trained[k] for k in kept} | {k: trained.get(k) for k in ("device", "products")}
+        about["training"] = {k: trained[k] for k in kept} | {
+            k: trained[k] for k in ("device", "products") if k in trained
+        }
         text += f"\n\n## held-out KL while training\n\n{curve_table(trained['history'])}"
     path = common.save(
         f"joint-{subject.label}" + ("-quick" if options.quick else ""), common.report(about | {"rows": found}), text

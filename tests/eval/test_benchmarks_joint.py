@@ -27,6 +27,7 @@ HISTORY = [
     },
 ]
 FIGURES = {"steps": 9, "best_step": 9, "trained_tokens": 64, "probe_ratio": 0.8, "budget_error": 0.01, "seconds": 1.5}
+FIGURES |= {"device": "cpu", "products": "int8"}
 
 
 @pytest.fixture(scope="module")
