@@ -207,7 +207,7 @@ def test_joint_without_a_weight_rate_is_refused(source, tmp_path):
     [
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried. More"), "enforce fail"),
         (MemoryError(), "no more to be had"),
-        (torch.OutOfMemoryError("CUDA ran dry. Tried to allocate 2 GiB."), r"\(CUDA ran dry\)"),
+        (torch.cuda.OutOfMemoryError("CUDA ran dry. Tried to allocate 2 GiB."), r"\(CUDA ran dry\)"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "ALLOC_FAILED"),
     ],
 )

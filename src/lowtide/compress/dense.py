@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from lowtide.arch import GROUPS, ModelConfig
+from lowtide.compress.products import CPU
 from lowtide.compress.sources import Source
 from lowtide.errors import LowtideError
 
 Apply = Callable[[str, torch.Tensor], torch.Tensor]
 """`apply(group, x [B, N, in]) -> y [B, N, out]`: the group's linear layers, outputs concatenated, bias added."""
 
-CPU = torch.device("cpu")
 CACHE_BYTES = 3 << 30
 """Weights are kept in memory as float32 up to this size; a larger model is read again block by block."""
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lowtide.compress.dense import CPU
-from lowtide.compress.products import product_type, products
+from lowtide.compress.products import CPU, product_type, products
 from lowtide.format.groups import GroupTensors
 from lowtide.learn.slices import MOST_SLICES, FloatSlices, IntegerSlices, Slices, chunks
 

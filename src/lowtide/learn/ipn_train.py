@@ -37,8 +37,8 @@ MOST_HELD = 8
 KEPT_BYTES = 1 << 30
 """Of the dense model's states."""
 FEATURES = 4
-"""Of each probe: every token reads the probes, and more features save less than their bytes do elsewhere
-(docs/dynamic.md)."""
+"""Of each probe: every token reads the probes, and from 3 bits on more features save less than their bytes do
+elsewhere (docs/dynamic.md)."""
 HEADS = ("once", "full")
 """What the loss reads the output head at: the budget, or in full."""
 SCALE_RATE = 0.5

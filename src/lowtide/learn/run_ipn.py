@@ -230,7 +230,7 @@ def _key(options: IpnOptions, folder: Path, network: str | Path | None, text: by
 def _out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> Exception:
     """What to say of an error that is one for want of memory; any other itself."""
     said = str(error)
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(m in said for m in NO_MEMORY):
+    if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not any(m in said for m in NO_MEMORY):
         return error
     reason = re.split(r"\. |\n", said)[0] or "no more to be had"
     knobs = "fewer --windows help most, then fewer --tokens" + (", or --device cpu" if device.type != "cpu" else "")
