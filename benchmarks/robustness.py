@@ -243,7 +243,7 @@ def make_candidates(options: argparse.Namespace, subject: Subject) -> list[Candi
                 raise LowtideError(f"{path}: made from another model: its {key} is {ours}, {source.name} has {theirs}")
         name = names[place] if names.count(names[place]) == 1 else f"{names[place]} {place + 1}"
         norms = {n: artifact.tensor(n) for n, _ in norm_specs(artifact.config)}
-        model = MaskedModel(artifact.config, artifact.groups, norms)
+        model = MaskedModel(artifact.config, artifact.groups, norms, centroids=artifact.centroids())
         policies = (options.policy or artifact.manifest.policies[0]).split(",")
         for policy, bits in itertools.product(policies, map(parse_bits, options.bits.split(","))):
             if bits is None and policy != policies[0]:

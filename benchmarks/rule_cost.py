@@ -12,8 +12,8 @@ and shares are medians over the rounds, with the lowest and the highest beside t
 
 scores, masks: thresholds, scores, comparing, lists of what is read, which rows of the head lead, and the coefficients:
 the inputs in 8 bits, which a product without masks would need as well, but which the compiler merges with the rest.
-copies: libc's copying and filling, all of it, because those lists use it. network: probes and waterlines of the rule
-`ipn`. Their sum is the share. addresses, on top: the lists turned into addresses of weights, asking memory for the
+copies: libc's copying and filling, all of it, because those lists use it. network: probes, waterlines and keys of the
+rule `ipn`. Their sum is the share. addresses, on top: the lists turned into addresses of weights, asking memory for the
 first of them ahead, and the loop over tiles.
 Microseconds are the thread's processor time, so other programs on the machine stretch them less than a clock's. Needs
 `perf` and a library with its symbols (CMake's own build has them; a wheel's may be stripped).
@@ -51,7 +51,7 @@ MASKS = f"select|choose|thresholds_of|scores|leading|refine|largest_of|{LISTS}"
 PARTS = {
     "masks": re.compile(rf"lowtide.*::({MASKS})\b"),
     "copies": re.compile(r"\W*_*mem(move|cpy|set)"),
-    "network": re.compile(r"lowtide.*::(probe\w*|waterline)\b"),
+    "network": re.compile(r"lowtide.*::(probe\w*|waterline|locate|code|match_keys)\b"),
     "addresses": re.compile(r"lowtide.*::(offsets|ask|Engine::product|Engine::guess|Passes::next)\b"),
 }
 SHARE = ("masks", "copies", "network")

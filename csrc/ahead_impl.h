@@ -32,7 +32,7 @@ class Requests {
     if (p.guess)
       for (const lowtide::Span &span : p.guess->side) add(span.from, span.bytes);
     add(l.row_scale + first, 2 * rows);
-    add(l.bias + first, 2 * rows);
+    if (const uint16_t *bias = lowtide::bias_of(l, p.guess ? p.guess->code : s.code)) add(bias + first, 2 * rows);
     const int64_t outlier = l.outlier_ptr[p.begin], count = l.outlier_ptr[p.end] - outlier;
     const int64_t few = count < 1024 ? count : 1024;
     add(l.outlier_row + outlier, few);

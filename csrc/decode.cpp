@@ -133,6 +133,19 @@ void Engine::thresholds_of(int tid, Sequence &seq, int64_t row, const float *x, 
   }
 }
 
+// What the input is measured from: the group's mean, or under LT_IPN a centroid if there are any.
+void Engine::locate(int tid, Sequence &seq, const lt_group &g, const float *x) {
+  Worker &w = workers_[tid];
+  Selection &s = w.selection;
+  s.mean = g.mean;
+  s.code = kOwnMean;
+  if (!w.ipn || !g.ipn_centroids) return;
+  int64_t &last = seq.features_[tid].code;
+  if (g.ipn_keys) last = k_.code(g, x);
+  s.code = last;
+  s.mean = g.ipn_mean + last * g.in;
+}
+
 // What this input reads of the group; the first thread notes how many bits that is.
 void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const lt_policy &policy) {
   const lt_group &g = groups_[group];
@@ -141,6 +154,7 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
   const float *score;
   thresholds_of(tid, s, group, x, policy, thresholds, &score);
   const bool ipn = w.ipn = policy.rule == LT_IPN;
+  locate(tid, s, g, x);
   k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, thresholds, w.selection);
   if (tid != 0) return;
   int64_t rows = 0;
@@ -169,9 +183,18 @@ bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
   const lt_group &g = groups_[group];
   const bool ipn = workers_[tid].ipn;
   const int64_t half = 2 * g.in, features = ipn ? 4 * g.ipn_features : 0;
+  const int64_t centroids = ipn ? g.ipn_centroids : 0, keys = g.ipn_key_channels;
+  // Without keys the centroid is that of the group before.
+  const int64_t code = !centroids ? kOwnMean : g.ipn_keys ? kUnknown : workers_[tid].selection.code;
+  const uint16_t *const mean = !centroids ? g.mean : code < 0 ? nullptr : g.ipn_mean + code * g.in;
   guess = {by_entries_[group] ? 0 : g.in,  // there the threads' channels, not rows, are still to be shared out
+           code,
            {{group % 2 ? nullptr : norms_[group / 2], 4 * g.in},
-            {g.mean, half},
+            {g.ipn_channels, centroids ? 4 * keys : 0},
+            {g.ipn_keys, centroids * keys},
+            {g.ipn_key_scale, 4 * centroids},
+            {g.ipn_key_bias, 4 * centroids},
+            {mean, half},
             {g.col_scale, half},
             {ipn ? g.ipn_importance : g.importance, half},
             {g.ipn_probe, features / 4 * g.in},

@@ -80,6 +80,7 @@ class Sequence {
   friend class Engine;
   struct Features {
     float values[LT_MAX_FEATURES] = {};
+    int64_t code = 0;
   };
   HeadCache cache(int64_t layer, int64_t kv_head);
 
@@ -89,7 +90,8 @@ class Sequence {
   std::vector<float> x_, qkv_, attended_, gate_up_, cosine_, sine_;
   std::vector<float> leading_;                      // [tiles of the head] largest logit of each
   std::vector<int64_t> bits_;                       // [layers * 4 + 1] of the last token
-  std::vector<Features> features_;                  // [threads] of the last probe: o and down use qkv's and gate_up's
+  std::vector<Features> features_;                  // [threads] of the last probe and keys: o and down use qkv's and
+                                                    // gate_up's
 };
 
 class Engine {
@@ -109,6 +111,7 @@ class Engine {
   void choose(int tid, Sequence &s, int64_t group, const float *x, const lt_policy &policy);
   void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
+  void locate(int tid, Sequence &s, const lt_group &g, const float *x);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
   bool guess(int tid, int64_t group, Pass &pass, Guess &guess) const;
   void share_entries(int tid, int64_t group, float *const *y, bool accumulate);

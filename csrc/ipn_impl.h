@@ -1,6 +1,8 @@
 // The importance prediction network's small part at run time (docs/architecture.md: Importance prediction).
 // Included by kernels_impl.h only.
 #pragma once
+#include <cmath>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -36,6 +38,30 @@ static void probe(const lt_group &g, const float *x, float *features) {
   int64_t k = 0;
   for (; k + 4 <= g.ipn_features; k += 4) probe_rows<4>(g, x, k, features);
   for (; k < g.ipn_features; ++k) probe_rows<1>(g, x, k, features);
+}
+
+// kRows keys from the first one on; the best so far, of those before as well, is number `found` with score `best`.
+template <int kRows>
+static inline void match_keys(const lt_group &g, const float *picked, int64_t first, float &best, int64_t &found) {
+  f32x16 acc[kRows];
+  probe_sums(g.ipn_keys + first * g.ipn_key_channels, picked, g.ipn_key_channels, acc);
+  for (int k = 0; k < kRows; ++k) {
+    const float value = sum_lanes(acc[k]) * g.ipn_key_scale[first + k] + g.ipn_key_bias[first + k];
+    if (!(value > best)) continue;
+    best = value;
+    found = first + k;
+  }
+}
+
+// The first of the largest; what is not a number counts as the smallest.
+static int64_t code(const lt_group &g, const float *x) {
+  alignas(64) float picked[LT_MAX_KEY_CHANNELS];
+  for (int64_t c = 0; c < g.ipn_key_channels; ++c) picked[c] = x[g.ipn_channels[c]];
+  float best = -INFINITY;
+  int64_t found = 0, k = 0;
+  for (; k + 4 <= g.ipn_centroids; k += 4) match_keys<4>(g, picked, k, best, found);
+  for (; k < g.ipn_centroids; ++k) match_keys<1>(g, picked, k, best, found);
+  return found;
 }
 
 // 2^(-gain * o), o the group's offset.

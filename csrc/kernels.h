@@ -30,10 +30,15 @@ constexpr float kLeast = 1e-30f;
 // Tiles that one pass sums up: their accumulators stay in the first-level cache.
 constexpr int64_t kPassTiles = 24;
 
+// In place of a centroid's number: the group's own mean and bias, or one that is still to be found.
+constexpr int64_t kOwnMean = -1, kUnknown = -2;
+
 // The channels of one input that are read, and with which coefficients (docs/architecture.md: Score and level,
 // Coefficients). Entries are grouped by class, each class padded to a multiple of four with zero coefficients.
 struct Selection {
   int64_t in = 0, slices = 0;
+  const uint16_t *mean = nullptr;                     // f16 [in] that the input is measured from
+  int64_t code = kOwnMean;                            // the centroid that this is
   std::vector<float> a;                               // [in] centred input
   std::vector<float> score, rank;                     // [in] scratch for rules
   std::vector<uint32_t> level_channel[LT_MAX_SLICES + 1];  // channels by level
@@ -71,16 +76,17 @@ struct Span {
   const void *from;
   int64_t bytes;
 };
-constexpr int kSides = 8;
-// Of a layer whose selection is not known yet: its inputs, and what choosing reads (null: there is no such tensor).
+constexpr int kSides = 12;
+// Of a layer whose selection is not known yet: its inputs, its centroid, and what choosing reads (null: there is no such
+// tensor).
 struct Guess {
-  int64_t in;
+  int64_t in, code;
   Span side[kSides];
 };
 
 struct Kernels {
   const char *name;
-  // Levels from thresholds[slices] and from `score` (or |x - mean| * importance f16 [in] where score is null).
+  // Levels from thresholds[slices] and from `score` (or |x - s.mean| * importance f16 [in] where score is null).
   void (*select)(const lt_group &g, const float *x, const float *score, const uint16_t *importance,
                  const float *thresholds, Selection &s);
   // Byte offsets of the entries in this matrix, to s.offset.
@@ -91,6 +97,8 @@ struct Kernels {
   // group's thresholds by.
   void (*probe)(const lt_group &g, const float *x, float *features);
   float (*waterline)(const lt_group &g, const float *features, float gain);
+  // LT_IPN: which centroid the group's keys find for the input x.
+  int64_t (*code)(const lt_group &g, const float *x);
   // Asks memory for what a pass begins with.
   void (*ask)(const Pass &p, const Selection &s);
   // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets;
@@ -158,6 +166,11 @@ inline int32_t doubled_centre(const lt_group &g) {
   int32_t centre = 0;
   for (int64_t s = 0; s < g.slices; ++s) centre = 4 * centre + (int32_t)g.centre[s];
   return centre;
+}
+
+// f16 [out] that a layer adds for an input of this centroid; null where that is not known.
+inline const uint16_t *bias_of(const lt_linear &l, int64_t code) {
+  return code == kOwnMean ? l.bias : code == kUnknown ? nullptr : l.ipn_base + code * l.out;
 }
 
 // A row of the value cache.

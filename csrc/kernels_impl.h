@@ -62,13 +62,13 @@ static void outliers(const lt_linear &l, int64_t tile, const float *a, float *y,
 }
 
 // Row scales, bias and exact channels of one tile, and between them, as the specification orders it, its outliers.
-static void scale_and_correct(const lt_group &g, const lt_linear &l, int64_t tile, const float *a, float *y,
-                              Requests &requests) {
+static void scale_and_correct(const lt_group &g, const lt_linear &l, const uint16_t *bias, int64_t tile, const float *a,
+                              float *y, Requests &requests) {
   const Tiling t(l.out);
   const int64_t first = t.first(tile), rows = t.rows(tile);
   for (int64_t i = 0; i < rows; i += 16)
     store_part(y + i, load_part(y + i, rows - i) * load_half_part(l.row_scale + first + i, rows - i) +
-                          load_half_part(l.bias + first + i, rows - i), rows - i);
+                          load_half_part(bias + first + i, rows - i), rows - i);
   outliers(l, tile, a, y, requests);
   for (int64_t e = 0; e < g.exact_count; ++e) {
     const float x = a[g.exact_channels[e]];
@@ -95,8 +95,9 @@ static void write_tiles(const lt_group &g, const Pass &p, const Selection &s, bo
                         const Pass *next) {
   const Tiling t(p.layer->out);
   Requests requests = next ? Requests(*next, s) : Requests();
+  const uint16_t *const bias = lowtide::bias_of(*p.layer, s.code);
   for (int64_t i = p.begin; i < p.end; ++i) {
-    scale_and_correct(g, *p.layer, i, s.a.data(), sum, requests);
+    scale_and_correct(g, *p.layer, bias, i, s.a.data(), sum, requests);
     float *to = y + t.first(i) - t.first(p.begin);
     if (accumulate) {
       add(sum, t.rows(i), to);
@@ -181,8 +182,8 @@ static float sum(const void *p, int64_t bytes) {
   return to_float(acc[0] ^ acc[1] ^ acc[2] ^ acc[3])[0];
 }
 
-static const Kernels kTable = {LT_NAME, select,  offsets, scores,    probe,    waterline, ask,      tiles,
-                               partial, combine, rmsnorm, swiglu,    rope,     attention, store_kv, embed,
-                               quantise, side_by_side, unpack, multiply, finish, sum};
+static const Kernels kTable = {LT_NAME, select,  offsets, scores, probe,    waterline, code,         ask,    tiles,
+                               partial, combine, rmsnorm, swiglu, rope,     attention, store_kv,     embed,  quantise,
+                               side_by_side, unpack, multiply, finish, sum};
 
 }  // namespace LT_NS

@@ -14,7 +14,8 @@ extern "C" {
 
 #define LT_MAX_SLICES 4
 #define LT_MAX_FEATURES 64
-#define LT_ABI_VERSION 6
+#define LT_MAX_KEY_CHANNELS 128
+#define LT_ABI_VERSION 7
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -27,6 +28,7 @@ typedef struct {
   const uint8_t *outlier_row;   /* [outliers] */
   const uint8_t *outlier_gap;   /* [outliers] */
   const uint16_t *outlier_value; /* f16 [outliers] */
+  const uint16_t *ipn_base;     /* f16 [ipn_centroids, out], null where the group has none */
 } lt_linear;
 
 /* Linear layers that share one input. */
@@ -50,6 +52,15 @@ typedef struct {
   const int8_t *ipn_probe;       /* [H, in], null but for qkv and gate_up, as are the next two */
   const float *ipn_scale;        /* [H] */
   const float *ipn_bias;         /* [H] */
+  /* Centroids of the inputs, under LT_IPN only; all null and 0 in artifacts without. A token's centroid takes the place
+   * of the mean, and its row of ipn_base that of the bias. */
+  int64_t ipn_centroids;         /* K */
+  int64_t ipn_key_channels;      /* C, a multiple of 16, at most LT_MAX_KEY_CHANNELS */
+  const uint16_t *ipn_mean;      /* f16 [K, in] */
+  const int32_t *ipn_channels;   /* [C], null but for qkv, gate_up and head, as are the next three */
+  const int8_t *ipn_keys;        /* [K, C] */
+  const float *ipn_key_scale;    /* [K] */
+  const float *ipn_key_bias;     /* [K] */
   lt_linear linear[3];
 } lt_group;
 
@@ -131,7 +142,8 @@ int lt_prefill(lt_engine *engine, lt_sequence *sequence, const int32_t *tokens, 
 int64_t lt_group_bits(const lt_sequence *sequence, int64_t *out);
 
 /* One group on one input, for tests: x f32 [in], y: one f32 [out] buffer per linear layer. Returns bits read. Under
- * LT_IPN a group without a probe uses the features of the sequence's last group that had one. */
+ * LT_IPN a group without a probe uses the features of the sequence's last group that had one, and a group without keys
+ * the centroid. */
 int64_t lt_group_product(lt_engine *engine, lt_sequence *sequence, int64_t group, const float *x,
                          const lt_policy *policy, float *const *y);
 

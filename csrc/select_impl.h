@@ -253,9 +253,10 @@ static void list_channels(const lt_group &g, const float *x, const float *score,
     lists.count[l] = 0;
     lists.threshold[l - 1] = thresholds[l - 1];
   }
+  const uint16_t *const mean = s.mean;
   for (int64_t j = 0; j < g.in; j += 16) {
     const int64_t n = g.in - j;
-    const f32x16 a = load_part(x + j, n) - load_half_part(g.mean + j, n);
+    const f32x16 a = load_part(x + j, n) - load_half_part(mean + j, n);
     store_part(s.a.data() + j, a, n);
     const f32x16 sc = score ? load_part(score + j, n) : absolute(a) * load_half_part(importance + j, n);
     append<kSlices>(lists, j, n, a * load_half_part(g.col_scale + j, n), sc);

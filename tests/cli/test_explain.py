@@ -144,10 +144,16 @@ class TestThresholds:
         assert "mix norm" in table
         assert f"{figures['thresholds'][0]['mix_norm']:.3f}" in table
 
+    def test_centroids_are_told(self, cli, tmp_path):
+        path = make_artifact(tmp_path / "a", policies=("ipn",), centroids=5)
+        assert "ipn: 5 centroids of each group's inputs, told apart by 16 channels" in cli("inspect", path).stdout
+        assert json.loads(cli("inspect", path, "--json").stdout)["ipn"]["centroids"] == 5
+        assert "centroids" not in cli("inspect", make_artifact(tmp_path / "b", policies=("ipn",))).stdout
+
     @pytest.mark.parametrize(("policy", "expected"), [(None, 4.0), ("ipn", 4.0), ("channel-norm", 5.0)])
     def test_the_budget_shown_is_one_the_network_was_trained_for(self, tmp_path, policy, expected):
         manifest = open_artifact(make_artifact(tmp_path / "a", policies=("ipn", "channel-norm"))).manifest
-        narrow = dataclasses.replace(manifest, ipn={"features": 16, "low": 3.0, "high": 4.5})
+        narrow = dataclasses.replace(manifest, ipn=manifest.ipn | {"low": 3.0, "high": 4.5})
         assert middle_budget(narrow, policy) == expected
 
     def test_never_and_always(self, artifact):

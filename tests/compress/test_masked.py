@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.tiny import ODD, make_artifact
+from support.tiny import DEFAULT, ODD, make_artifact
 
 from lowtide.arch import norm_specs
 from lowtide.compress.masked import MaskedModel
+from lowtide.errors import LowtideError
 from lowtide.format.codec import digit_planes
 from lowtide.format.reader import open_artifact
 from lowtide.kernels import reference_ops as ops
@@ -21,7 +22,7 @@ POLICIES = ("channel-norm", "channel-abs", "topk", "statistical-topk", "gate", "
 
 def masked_model(artifact, **options) -> MaskedModel:
     norms = {name: artifact.tensor(name) for name, _ in norm_specs(artifact.config)}
-    return MaskedModel(artifact.config, artifact.groups, norms, **options)
+    return MaskedModel(artifact.config, artifact.groups, norms, **{"centroids": artifact.centroids(), **options})
 
 
 def params(artifact, policy: str, budget: int) -> dict[str, np.ndarray]:
@@ -65,7 +66,43 @@ def test_whole_model_agrees_with_the_reference_engine(tmp_path, options):
     assert bits == pytest.approx(np.mean([s.body_bits for s in stats]) / weights, rel=5e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"base": ODD, "features": 5}])
+@pytest.mark.parametrize("base, centroids", [(DEFAULT, 1), (DEFAULT, 5), (ODD, 64)])
+def test_groups_measured_from_centroids_equal_the_reference_kernel(tmp_path, base, centroids):
+    artifact = open_artifact(make_artifact(tmp_path / "tiny", base, policies=POLICIES, centroids=centroids))
+    masked, rule, chosen = masked_model(artifact), get_rule("ipn"), params(artifact, "ipn", 1)
+    reference, rng, code = ReferenceEngine(artifact), np.random.default_rng(0), None
+    for name, params_ in chosen.items():
+        group, stats = reference.group(name)
+        x = rng.normal(0, 1, (5, group.in_features)).astype(np.float32)
+        near, there = rule.code(stats, x), rule.code(masked.groups[name].stats, torch.from_numpy(x))
+        assert (near is None) == (there is None)
+        if near is not None:
+            code = near
+            assert np.array_equal(there.numpy(), near)
+        middle = reference.middle(name, rule, code)
+        levels = rule.levels(middle.stats, x, params_)
+        expected = [
+            ops.graded_linear(group, linear, reference.digits(group, linear), x, levels, middle.mean, bias)
+            for linear, bias in zip(group.linears, middle.bias, strict=True)
+        ]
+        y, ours = masked.product(name, torch.from_numpy(x), rule, params_, code=torch.from_numpy(code))
+        assert np.array_equal(ours.numpy(), levels)
+        np.testing.assert_allclose(y.numpy(), np.concatenate(expected, 1), atol=2e-5)
+
+
+def test_the_rule_ipn_wants_the_centroids(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "tiny", policies=POLICIES, centroids=5))
+    bare, ids = masked_model(artifact, centroids=None), torch.tensor([[1, 5, 9]])
+    with pytest.raises(LowtideError, match="qkv: the rule ipn measures from centroids here, and they were not given"):
+        bare.logits(ids, get_rule("ipn"), params(artifact, "ipn", 1))
+    chosen = params(artifact, "channel-norm", 1)
+    one, other = (m.logits(ids, get_rule("channel-norm"), chosen) for m in (bare, masked_model(artifact)))
+    assert torch.equal(one[0], other[0]) and one[1] == other[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"base": ODD, "features": 5}, {"centroids": 5}, {"base": ODD, "centroids": 64}]
+)
 def test_the_ipn_moves_every_token_by_itself(tmp_path, options):
     artifact = open_artifact(make_artifact(tmp_path / "tiny", policies=("ipn",), **options))
     model, rule, chosen = masked_model(artifact), get_rule("ipn"), params(artifact, "ipn", 1)

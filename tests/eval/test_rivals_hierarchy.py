@@ -87,6 +87,10 @@ def test_ipn_is_taken_where_stored_and_other_rules_are_refused(shared, tmp_path)
     assert HIERARCHIES["channel (flat)"].fit(plain).policy == "channel-norm"
     with pytest.raises(LowtideError, match="policy topk: nested masks start from"):
         Scores(shared, "topk", BITS)
+    near = make_calibration(tmp_path / "centroids", policies=("ipn", "channel-norm"), centroids=5)
+    with pytest.raises(LowtideError, match="policy ipn: this artifact's has centroids, and rivals know one mean only"):
+        Scores(near, "ipn", BITS)
+    assert Scores(near, "channel-norm", BITS).policy == "channel-norm"
 
 
 # ---- coarse steps ----

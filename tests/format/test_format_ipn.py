@@ -16,7 +16,7 @@ from support.tiny import ODD, make_artifact
 
 from lowtide.errors import LowtideError
 from lowtide.format import layout
-from lowtide.format.groups import IPN_FIELDS, IpnTensors
+from lowtide.format.groups import IpnTensors
 from lowtide.format.ipn import attach
 from lowtide.format.manifest import Manifest
 from lowtide.format.reader import Artifact, open_artifact
@@ -52,21 +52,24 @@ def parts(artifact: Artifact, seed: int = 5, features: int = 7) -> tuple[dict[st
     return donor, {name: table.astype(np.float32) for name in donor}
 
 
-INFO = {"features": 7, "low": 4.5, "high": 5.5}
+INFO = {"features": 7, "low": 4.5, "high": 5.5, "centroids": 0, "key_channels": 0}
+PROBED = {"ipn_importance", "ipn_mix", "ipn_gain", "ipn_probe", "ipn_scale", "ipn_bias"}
 
 
 def test_every_group_has_exactly_its_tensors(original: Path) -> None:
     artifact = open_artifact(original, verify="full")
-    assert artifact.manifest.ipn == {"features": 16, "low": 4.0, "high": 6.0}
+    assert artifact.manifest.ipn == {"features": 16, "low": 4.0, "high": 6.0, "centroids": 0, "key_channels": 0}
+    assert read_manifest(original)["ipn"].keys() == {"features", "low", "high"}  # as older readers expect
+    assert artifact.centroids() == {}
     assert artifact.manifest.format_version == 3
     mark = json.loads((original / "config.json").read_text())["quantization_config"]
     assert mark == {"quant_method": "lowtide", "format_version": 3}
     fields = {name: set(group.ipn.fields()) if group.ipn else set() for name, group in artifact.groups.items()}
     body = {"ipn_importance", "ipn_mix", "ipn_gain"}
     assert fields == {
-        "layers.0.qkv": set(IPN_FIELDS),
+        "layers.0.qkv": PROBED,
         "layers.0.o": body,
-        "layers.0.gate_up": set(IPN_FIELDS),
+        "layers.0.gate_up": PROBED,
         "layers.0.down": body,
         "head": {"ipn_importance"},
         "embed": set(),
@@ -141,10 +144,13 @@ def test_exact_channels_have_no_learned_importance(original: Path, tmp_path: Pat
         (lambda m: m["ipn"].update(low=0), "ipn low and high must ascend"),
         (lambda m: m["ipn"].pop("high"), "ipn lacks field 'high'"),
         (lambda m: m["ipn"].update(more=1), "ipn has an unknown field 'more'"),
+        (lambda m: m["ipn"].update(centroids=4), "ipn has an unknown field 'centroids'"),
+        (lambda m: m["ipn"].update(centroids=4, key_channels=16), "ipn has an unknown field 'centroids'"),
+        (lambda m: m["ipn"].update(key_channels=0), "ipn has an unknown field 'key_channels'"),
         (lambda m: m.update(ipn=None), "ipn does not fit the policies"),
         (lambda m: m.update(ipn=3), "ipn must be an object"),
         (lambda m: m.pop("ipn"), "ipn does not fit the policies"),
-        (lambda m: m.update(policies=["topk", "channel-norm"]), "format_version must be 3 if the rule ipn"),
+        (lambda m: m.update(policies=["topk", "channel-norm"]), "format_version must be 3 or 4 if the rule ipn"),
         (lambda m: m.update(format_version=2), "manifest has an unknown field 'ipn'"),
         (lambda m: m["tensors"].pop(f"{OUT}.ipn_mix"), "ipn_mix' is missing"),
         (
@@ -263,7 +269,9 @@ def test_fewer_slices_keep_the_ipn_of_the_budgets_left(tmp_path: Path) -> None:
     after = open_artifact(tmp_path / "b", verify="full")
     found = after.groups["layers.0.qkv"].ipn
     assert (
-        found is not None and found.gain is not None and after.manifest.ipn == {"features": 16, "low": 2.5, "high": 9}
+        found is not None
+        and found.gain is not None
+        and after.manifest.ipn == {"features": 16, "low": 2.5, "high": 9, "centroids": 0, "key_channels": 0}
     )
     assert len(found.gain) == len(after.manifest.budgets)
     np.testing.assert_array_equal(found.gain[-1], before.gain[-1])

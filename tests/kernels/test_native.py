@@ -24,6 +24,11 @@ SHAPES = {
     ),
     "many-tiles": Tiny(hidden=20, intermediate=24, layers=1, heads=2, kv_heads=1, head_dim=10, vocab=6500),
     "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
+    "one-centroid": dataclasses.replace(ODD, centroids=1),
+    "five-centroids": Tiny(slices=2, qkv_bias=True, centroids=5),
+    "odd-centroids": dataclasses.replace(ODD, layers=2, centroids=64, key_channels=32),
+    # rows of o are so short that threads share out its entries
+    "wide-centroids": Tiny(hidden=320, intermediate=70, layers=1, head_dim=20, centroids=64, key_channels=128),
 }
 FEATURES = {"odd": 5, "one-slice": 1, "four-slices": 64, "wide-tiles": 19}  # 16 elsewhere
 VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]
@@ -68,7 +73,7 @@ def test_group_product_is_the_specification(artifact, rule, tail):
     engines = [Engine(artifact, threads=threads, isa=isa) for isa, threads in VARIANTS]
     chosen = policy(artifact, rule, 0.25)
     body = [g for name, g in artifact.groups.items() if name != "embed"]
-    features = None
+    features, code, reference = None, None, ReferenceEngine(artifact)
     for index, group in enumerate(body):
         draw = np.random.default_rng(index)
         x = draw.normal(0, 1.5, group.in_features).astype(np.float32)
@@ -80,12 +85,15 @@ def test_group_product_is_the_specification(artifact, rule, tail):
         params = mask_rule.shift(chosen.thresholds[index], chosen.log2_offset)
         if rule == "ipn":
             params = mask_rule.waterline(stats, params, features, chosen.gains[index])
-        levels = mask_rule.levels(stats, x[None], params)
+        near = mask_rule.code(stats, x[None])
+        code = code if near is None else near
+        middle = reference.middle(group.name, mask_rule, code)
+        levels = mask_rule.levels(middle.stats, x[None], params)
         first, first_bits = engines[0].group_product(index, x, chosen)
         assert first_bits == ops.group_bits(group, levels, rule == "ipn")[0]
-        for linear, y in zip(group.linears, first, strict=True):
+        for linear, bias, y in zip(group.linears, middle.bias, first, strict=True):
             planes = ops.channel_planes(ops_planes(group, linear))
-            wanted = ops.graded_linear(group, linear, planes, x[None], levels)[0]
+            wanted = ops.graded_linear(group, linear, planes, x[None], levels, middle.mean, bias)[0]
             np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
         for engine in engines[1:]:
             outs, bits = engine.group_product(index, x, chosen)
@@ -125,6 +133,45 @@ def test_gains_move_what_tokens_read(artifact):
             read[-1].append(engine.group_bits())
     change = (np.stack(read[0]) - np.stack(read[1]))[:, :-1]
     assert (change > 0).any() and (change < 0).any() and len(np.unique(change[:, 0])) > 1
+
+
+@pytest.mark.parametrize("shape", ["five-centroids", "odd-centroids"])
+def test_centroids_are_for_the_rule_ipn_alone(tmp_path, shape):
+    """Tokens have several, which change what is read; other rules and prompts are as without."""
+    options = {"policies": ("channel-norm", "ipn")}
+    with_, without = (
+        open_artifact(make_artifact(tmp_path / name, dataclasses.replace(SHAPES[shape], **more), **options))
+        for name, more in (("a", {}), ("b", {"centroids": 0}))
+    )
+    tokens = random_tokens(with_)
+    for rule in ("channel-norm", "topk", "dense"):
+        pair = [Engine(a, threads=1) for a in (with_, without)]
+        for i, token in enumerate(tokens):
+            (a, read), (b, expected) = (e.decode(int(token), i, policy(with_, rule)) for e in pair)
+            np.testing.assert_array_equal(a, b)
+            assert read == expected
+    np.testing.assert_array_equal(*(Engine(a, threads=1).prefill(tokens, 0) for a in (with_, without)))
+    pair = [Engine(a, threads=1) for a in (with_, without)]
+    (a, read), (b, expected) = (e.decode(int(tokens[0]), 0, policy(with_, "ipn")) for e in pair)
+    assert not np.array_equal(a, b) and read != expected
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_keys_of_inputs_out_of_bounds_are_those_of_the_specification(tmp_path, wrong):
+    artifact = open_artifact(make_artifact(tmp_path / "a", SHAPES["odd-centroids"], policies=("ipn",)))
+    group, rule = artifact.groups["layers.0.qkv"], get_rule("ipn")
+    x = np.linspace(-3, 3, group.in_features, dtype=np.float32)
+    x[group.ipn.channels[::5]] = wrong
+    with np.errstate(all="ignore"):
+        code = rule.code(GroupStats.of(group), x[None])
+    nothing = dataclasses.replace(policy(artifact, "ipn"), log2_offset=100.0, gains=None)
+    o, served = artifact.groups["layers.0.o"], ReferenceEngine(artifact).middle("layers.0.o", rule, code)
+    wanted = o.exact_part(0) @ -served.mean[0] + served.bias[0][0]
+    for isa, threads in VARIANTS:
+        engine = Engine(artifact, threads=threads, isa=isa)
+        engine.group_product(0, x, nothing)
+        got, _ = engine.group_product(1, np.zeros(o.in_features, np.float32), nothing)  # by the centroid of qkv
+        np.testing.assert_allclose(got[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_bits_of_the_groups_are_those_of_the_last_token(artifact):

@@ -14,6 +14,7 @@ from lowtide.kernels import reference_ops as ops
 from lowtide.kernels.native import SHORT_PROMPT
 from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
+from lowtide.rules import get_rule
 
 f32 = np.float32
 
@@ -248,9 +249,9 @@ def test_a_probe_serves_its_own_group_and_the_next(tmp_path, monkeypatch, probe,
             ipn.scale, ipn.bias = f32([0, 0]), f32([bias if name == probe else 0, -5])
     seen, original = {}, ops.graded_linear
 
-    def watched(group, linear, planes, x, levels):
+    def watched(group, linear, planes, x, levels, *middle):
         seen[group.name] = x, levels
-        return original(group, linear, planes, x, levels)
+        return original(group, linear, planes, x, levels, *middle)
 
     monkeypatch.setattr(ops, "graded_linear", watched)
     thresholds = np.tile(f32([0.4, 0.8, 1.6]), (5, 1))
@@ -270,8 +271,46 @@ def test_a_probe_serves_its_own_group_and_the_next(tmp_path, monkeypatch, probe,
     assert engine.group_bits()[4] == stats.head_bits - embedding
 
 
-def test_tokens_known_beforehand_move_by_themselves(tmp_path):
-    artifact = open_artifact(make_artifact(tmp_path / "a", ODD, policies=("ipn",)))
+@pytest.mark.parametrize("base, centroids", [(DEFAULT, 5), (ODD, 64)])
+def test_a_full_read_from_centroids_is_the_dense_product(tmp_path, base, centroids):
+    """What is left of an input and what its centroid's product says are together what the mean's say."""
+    artifact = open_artifact(make_artifact(tmp_path / "a", base, policies=("ipn",), centroids=centroids))
+    engine, rule = ReferenceEngine(artifact), get_rule("ipn")
+    rng, used = np.random.default_rng(0), set()
+    code = None
+    for name, group in artifact.groups.items():
+        if name == "embed":
+            continue
+        x = rng.normal(0, 1, (40, group.in_features)).astype(f32)
+        near = rule.code(engine.group(name)[1], x)
+        code = code if near is None else near
+        used.update(code.tolist())
+        middle = engine.middle(name, rule, code)
+        assert not middle.mean[:, group.exact_channels].any()
+        levels = rule.levels(middle.stats, x, f32([-1] * group.slices))
+        for i, (linear, bias) in enumerate(zip(group.linears, middle.bias, strict=True)):
+            args = (group, linear, engine.digits(group, linear), x, levels)
+            got, plain = ops.graded_linear(*args, middle.mean, bias), ops.graded_linear(*args)
+            wanted = unrounded(group, i, x)
+            error = np.abs(got - wanted)
+            assert error.max() < 0.1 and error.mean() < 1.5 * np.abs(plain - wanted).mean() + 1e-3
+    assert len(used) > min(centroids, 20) / 2
+
+
+def test_full_reads_from_centroids_are_close_to_the_dense_model(tmp_path):
+    artifact = open_artifact(make_artifact(tmp_path / "a", policies=("ipn",), centroids=5))
+    dense, all_read = policy_of(artifact, "dense"), policy_of(artifact, "ipn", (-1, -1, -1))
+    (want, read), (got, more) = (ReferenceEngine(artifact).decode_many(TOKENS, 0, p) for p in (dense, all_read))
+    difference = np.abs(log_probabilities(got) - log_probabilities(want))
+    assert 0 < difference.max() < 0.3
+    body = [g for name, g in artifact.groups.items() if name != "head"]
+    side = 8 * sum(g.side_bytes(ipn=True) - g.side_bytes() for g in body)
+    assert [m.body_bits - r.body_bits for m, r in zip(more, read, strict=True)] == [side] * len(TOKENS)
+
+
+@pytest.mark.parametrize("centroids", [0, 64])
+def test_tokens_known_beforehand_move_by_themselves(tmp_path, centroids):
+    artifact = open_artifact(make_artifact(tmp_path / "a", ODD, policies=("ipn",), centroids=centroids))
     policy = replace(policy_of(artifact, "ipn"), gains=f32([0.8, 0.6, 0.4, 0.2, 0]))
     many, stats = ReferenceEngine(artifact).decode_many(TOKENS, 0, policy)
     engine = ReferenceEngine(artifact)

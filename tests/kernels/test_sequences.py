@@ -1,6 +1,7 @@
 """Several texts in one engine: each gets the bits that the numpy reference gives it alone."""
 
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,13 @@ from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.sequences import Step
 from lowtide.kernels.types import PolicyParams
 
-SHAPES = {"default": Tiny(), "odd": ODD, "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1)}
+SHAPES = {
+    "default": Tiny(),
+    "odd": ODD,
+    "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
+    "centroids": Tiny(centroids=5),
+    "odd-centroids": replace(ODD, centroids=64, key_channels=32),
+}
 VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]
 PROMPTS = (1, SHORT_PROMPT + 3, 4, SHORT_PROMPT + 1)
 TOKENS = 5

@@ -42,32 +42,33 @@ struct Shape {
   int64_t hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, slices, exact;
   int64_t spread;  // mean distance of a tile's outliers, in columns; 0 is none
   bool tied;
-  int64_t cache_bits, prompt;
+  int64_t cache_bits, prompt, centroids;
   bool largest = false;  // digits, coefficients and codes all as large as they get: no sum may overflow
 };
 
 // Tiles wide and narrow, matrices of more tiles than one pass takes, gaps between outliers that need fillers, one head
 // to ten on one cache, prompts that are no multiple of anything and one over the border of a chunk.
 const Shape kShapes[] = {
-    {"default", 48, 80, 2, 4, 2, 12, 130, 3, 2, 2, true, 16, 21},
-    {"odd", 41, 67, 1, 3, 1, 10, 101, 3, 3, 3, false, 8, 13},
-    {"one-slice", 40, 70, 2, 4, 2, 12, 130, 1, 1, 5, false, 16, 21},
-    {"two-slices", 33, 300, 1, 2, 1, 16, 259, 2, 0, 1, true, 8, 9},
-    {"four-slices", 48, 80, 2, 4, 2, 12, 130, 4, 0, 0, true, 16, 131},
-    {"wide-tiles", 320, 700, 1, 5, 1, 64, 577, 3, 2, 400, true, 8, 19},
-    {"many-tiles", 20, 24, 1, 2, 1, 10, 6500, 4, 2, 4, true, 16, 3},
-    {"grouped-heads", 60, 80, 2, 10, 1, 6, 130, 2, 1, 3, false, 16, 17},
-    {"largest", 256, 200, 1, 2, 1, 20, 400, 4, 0, 0, true, 16, 14, true},
+    {"default", 48, 80, 2, 4, 2, 12, 130, 3, 2, 2, true, 16, 21, 5},
+    {"odd", 41, 67, 1, 3, 1, 10, 101, 3, 3, 3, false, 8, 13, 64},
+    {"one-slice", 40, 70, 2, 4, 2, 12, 130, 1, 1, 5, false, 16, 21, 1},
+    {"two-slices", 33, 300, 1, 2, 1, 16, 259, 2, 0, 1, true, 8, 9, 0},
+    {"four-slices", 48, 80, 2, 4, 2, 12, 130, 4, 0, 0, true, 16, 131, 7},
+    {"wide-tiles", 320, 700, 1, 5, 1, 64, 577, 3, 2, 400, true, 8, 19, 64},
+    {"many-tiles", 20, 24, 1, 2, 1, 10, 6500, 4, 2, 4, true, 16, 3, 3},
+    {"grouped-heads", 60, 80, 2, 10, 1, 6, 130, 2, 1, 3, false, 16, 17, 0},
+    {"largest", 256, 200, 1, 2, 1, 20, 400, 4, 0, 0, true, 16, 14, 0, true},
 };
 
 struct Linear {
   int64_t out;
   std::vector<uint8_t> weight, outlier_row, outlier_gap;
-  std::vector<uint16_t> row_scale, bias, exact, outlier_value;
+  std::vector<uint16_t> row_scale, bias, exact, outlier_value, base;
   std::vector<uint32_t> outlier_ptr;
   lt_linear view() const {
     return {out,          weight.data(),      row_scale.data(),   bias.data(),         exact.data(),
-            outlier_ptr.data(), outlier_row.data(), outlier_gap.data(), outlier_value.data()};
+            outlier_ptr.data(), outlier_row.data(), outlier_gap.data(), outlier_value.data(),
+            base.empty() ? nullptr : base.data()};
   }
 };
 
@@ -82,6 +83,12 @@ struct Group {
   std::vector<uint16_t> learned;
   std::vector<float> mix, scale, bias;
   std::vector<int8_t> probe;
+  // Centroids, and keys that find them in qkv, gate_up and the head.
+  int64_t centroids = 0;
+  std::vector<uint16_t> middles;
+  std::vector<int32_t> channels;
+  std::vector<int8_t> keys;
+  std::vector<float> key_scale, key_bias;
   lt_group view() const {
     lt_group g{};
     g.in = in, g.slices = slices, g.linear_count = (int64_t)linear.size();
@@ -92,6 +99,12 @@ struct Group {
     g.ipn_features = features, g.ipn_importance = learned.data();
     if (!mix.empty()) g.ipn_mix = mix.data();
     if (!probe.empty()) g.ipn_probe = probe.data(), g.ipn_scale = scale.data(), g.ipn_bias = bias.data();
+    g.ipn_centroids = centroids, g.ipn_key_channels = (int64_t)channels.size();
+    if (centroids) g.ipn_mean = middles.data();
+    if (!keys.empty()) {
+      g.ipn_channels = channels.data(), g.ipn_keys = keys.data();
+      g.ipn_key_scale = key_scale.data(), g.ipn_key_bias = key_bias.data();
+    }
     for (size_t i = 0; i < linear.size(); ++i) g.linear[i] = linear[i].view();
     return g;
   }
@@ -184,6 +197,25 @@ void add_ipn(Random &random, int64_t kind, int64_t features, Group &g) {
   }
 }
 
+void add_centroids(Random &random, int64_t kind, int64_t count, Group &g) {
+  g.centroids = count;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t j = 0; j < g.in; ++j) {
+      const uint16_t mean = random.signed_half(10, 15);
+      g.middles.push_back(g.mean[(size_t)j] ? mean : 0);
+    }
+  for (Linear &l : g.linear)
+    for (int64_t i = 0; i < count * l.out; ++i) l.base.push_back(random.signed_half(9, 13));
+  if (!count || kind % 2) return;
+  const int64_t size = g.in < 80 ? 16 : 64;
+  for (int64_t c = 0; c < size; ++c) g.channels.push_back((int32_t)(c * g.in / size));
+  for (int64_t i = 0; i < count * size; ++i) g.keys.push_back((int8_t)(random.below(256) - 128));
+  for (int64_t k = 0; k < count; ++k) {
+    g.key_scale.push_back(0.015625f + random.within(0.0078125f));
+    g.key_bias.push_back(random.within(0.5f));
+  }
+}
+
 struct Model {
   std::vector<Group> groups;
   std::vector<lt_group> views;
@@ -201,8 +233,11 @@ struct Model {
       groups.push_back(random_group(random, s, s.intermediate, {s.hidden}));
     }
     for (int i = 0; i < (s.tied ? 1 : 2); ++i) groups.push_back(random_group(random, s, s.hidden, {s.vocab}));
-    for (size_t i = 0; i < groups.size(); ++i)
-      add_ipn(random, (int64_t)i < 4 * s.layers ? (int64_t)i % 4 : 4, 5 + s.hidden % 60, groups[i]);
+    for (size_t i = 0; i < groups.size(); ++i) {
+      const int64_t kind = (int64_t)i < 4 * s.layers ? (int64_t)i % 4 : 4;
+      add_ipn(random, kind, 5 + s.hidden % 60, groups[i]);
+      if ((int64_t)i <= 4 * s.layers) add_centroids(random, kind, s.centroids, groups[i]);
+    }
     for (const Group &g : groups) views.push_back(g.view());
     norms.resize((size_t)(2 * s.layers + 1));
     for (auto &norm : norms)

@@ -10,6 +10,7 @@ from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.kernels import native
 from lowtide.kernels.reference import ReferenceEngine
+from lowtide.rules import get_rule
 from lowtide.rules.ipn import LIMIT
 from lowtide.runtime.budget import body_weights, policy_params
 from lowtide.runtime.explain import DETAILED, TOP, confidence, detailed, explain, sig, token_texts
@@ -60,6 +61,28 @@ def test_bits_are_those_that_the_native_engine_reads(several, policy):
     assert found.mean_bits == pytest.approx(np.mean([t.bits for t in found.tokens]), rel=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["ipn", "channel-norm"])
+def test_inputs_are_measured_from_their_centroids_under_ipn(tmp_path, rule):
+    """o and down from those of qkv and gate_up."""
+    path = make_artifact(tmp_path / "a", ODD, policies=("ipn", "channel-norm"), centroids=5)
+    artifact, tracer, readings = trace(path, rule)
+    own, code, used = get_rule(rule), None, set()
+    for reading in readings:
+        group, stats = tracer.group(reading.group.name)
+        if rule == "channel-norm":
+            np.testing.assert_array_equal(reading.mean, group.mean.astype(np.float32))
+            continue
+        near = own.code(stats, reading.x)
+        code = code if near is None else near
+        used.update(code.tolist())
+        mean = artifact.centroids()[group.name].mean[code].astype(np.float32)
+        np.testing.assert_array_equal(reading.mean, mean)
+        score = np.abs(reading.x - mean) * group.ipn.importance.astype(np.float32)
+        np.testing.assert_array_equal(reading.score, score)
+        np.testing.assert_array_equal(reading.only([1, 0]).mean, mean[[1, 0]])
+    assert rule == "channel-norm" or len(used) > 1
+
+
 @pytest.mark.parametrize("policy", ["ipn", "channel-norm"])
 def test_bits_of_each_group_are_those_of_the_native_engine(with_ipn, policy):
     found = explain(with_ipn, TEXT, 4.5, policy)
@@ -88,12 +111,15 @@ def test_long_texts_go_through_in_parts_and_describe_the_extremes(tmp_path):
     assert all(layer["weights"] and all(layer["channels"]) for d in found.details.values() for layer in d["layers"])
 
 
-@pytest.mark.parametrize("options", [{}, {"zero": True}, {"exact": 0, "outliers": 0.0}, {"base": ODD}])
+CENTROIDS = {"policies": ("ipn",), "centroids": 5}
+
+
+@pytest.mark.parametrize("options", [{}, {"zero": True}, {"exact": 0, "outliers": 0.0}, {"base": ODD}, CENTROIDS])
 def test_the_strongest_weights_are_those_of_brute_force(tmp_path, options):
     _, tracer, readings = trace(make_artifact(tmp_path / "a", **options))
     for reading in readings:
         group = reading.group
-        a = reading.x - group.mean.astype(np.float32)
+        a = reading.x - (reading.mean if "centroids" in options else group.mean.astype(np.float32))
         for m, linear in enumerate(group.linears):
             read = np.stack([group.dequantise(m, level) for level in range(group.slices + 1)])
             columns = Columns(group, linear, tracer.digits(group, linear))

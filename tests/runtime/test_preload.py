@@ -81,6 +81,24 @@ def test_the_rule_ipn_reads_its_own_tensors(artifact):
     assert group.importance.ctypes.data not in listed
 
 
+def test_the_rule_ipn_reads_centroids_in_place_of_means(tmp_path):
+    made = open_artifact(make_artifact(tmp_path / "a", policies=("channel-norm", "ipn"), centroids=5))
+    tables = made.centroids()
+    for prompts in (False, True):
+        listed = {a.ctypes.data for a in readable(made, policy_params(made, "ipn", 5.0), prompts)}
+        for name, group in made.groups.items():
+            for table in (tables[name].mean, *tables[name].bias):
+                assert table.ctypes.data in listed
+            own = [group.mean, *(linear.bias for linear in group.linears)]
+            assert all((a.ctypes.data in listed) == prompts for a in own)
+            assert group.ipn.keys is None or {group.ipn.keys.ctypes.data, group.ipn.channels.ctypes.data} <= listed
+            assert not {group.ipn.centroids.ctypes.data, group.ipn.step.ctypes.data} & listed
+    listed = {a.ctypes.data for a in readable(made, policy_params(made, "channel-norm", 5.0), False)}
+    head = made.groups["head"]
+    assert head.mean.ctypes.data in listed and head.linears[0].bias.ctypes.data in listed
+    assert not {tables["head"].mean.ctypes.data, head.ipn.keys.ctypes.data} & listed
+
+
 def test_pages_are_counted_once():
     memory = np.zeros(16 * PAGE, np.uint8)
     base = -memory.ctypes.data % PAGE

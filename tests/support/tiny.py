@@ -34,6 +34,7 @@ class Tiny:
         force: passed to ArtifactWriter.
         zero, coding: fields of the manifest.
         features: of the IPN, which is there if one of the policies is the rule `ipn`.
+        centroids, key_channels: of the IPN; 0 centroids are none.
     """
 
     hidden: int = 48
@@ -57,12 +58,21 @@ class Tiny:
     zero: bool = False
     coding: str = "packed"
     features: int = 16
+    centroids: int = 0
+    key_channels: int = 16
 
     @property
     def ipn(self) -> IpnInfo | None:
         """What the manifest says about the IPN."""
-        low, high = self.budgets[0], self.budgets[-1]
-        return {"features": self.features, "low": low, "high": high} if has_ipn(list(self.policies)) else None
+        if not has_ipn(list(self.policies)):
+            return None
+        return {
+            "features": self.features,
+            "low": self.budgets[0],
+            "high": self.budgets[-1],
+            "centroids": self.centroids,
+            "key_channels": self.key_channels if self.centroids else 0,
+        }
 
     def config(self) -> ModelConfig:
         return ModelConfig(
@@ -177,7 +187,8 @@ def make_group(spec: GroupSpec, tiny: Tiny, rng: np.random.Generator) -> GroupTe
 def make_ipn(spec: GroupSpec, tiny: Tiny, exact: NDArray[np.int32]) -> IpnTensors | None:
     """A random IPN whose offsets spread over a few units of log2, some of them clipped. From a generator of its own, so
     that everything else in the artifact is the same without it."""
-    shapes = ipn_shapes(spec.name, spec.in_features, tiny.features, len(tiny.budgets))
+    sizes = (tiny.features, len(tiny.budgets), tiny.centroids, tiny.key_channels)
+    shapes = ipn_shapes(spec.name, spec.in_features, *sizes)
     if not shapes:
         return None
     rng = np.random.default_rng([tiny.seed, *spec.name.encode()])
@@ -191,7 +202,26 @@ def make_ipn(spec: GroupSpec, tiny: Tiny, exact: NDArray[np.int32]) -> IpnTensor
         made.probe = rng.integers(-127, 128, shapes["ipn_probe"]).astype(np.int8)
         made.scale = (rng.uniform(0.5, 2, tiny.features) / 73 / spec.in_features**0.5).astype(np.float32)
         made.bias = rng.normal(0, 0.5, tiny.features).astype(np.float32)
+    if "ipn_centroids" in shapes:
+        _add_centroids(made, shapes, exact, rng)
     return made
+
+
+def _add_centroids(
+    made: IpnTensors, shapes: dict[str, tuple[int, ...]], exact: NDArray[np.int32], rng: np.random.Generator
+) -> None:
+    """Random centroids, about as far from the mean as inputs are, and keys that find each of them now and then."""
+    count, inputs = shapes["ipn_centroids"]
+    made.centroids = rng.integers(-127, 128, (count, inputs)).astype(np.int8)
+    step = rng.uniform(0.3, 1.0, inputs) / 127
+    step[exact] = 0
+    made.step = step.astype(np.float16)
+    if "ipn_keys" in shapes:
+        size = shapes["ipn_channels"][0]
+        made.channels = np.sort(rng.choice(inputs, size, replace=False)).astype(np.int32)
+        made.keys = rng.integers(-127, 128, (count, size)).astype(np.int8)
+        made.key_scale = (rng.uniform(0.8, 1.2, count) / 73).astype(np.float32)
+        made.key_bias = rng.normal(0, 0.3, count).astype(np.float32)
 
 
 def _linear(

@@ -67,6 +67,8 @@ def inspect(
     totals = {"weights": weights, "file_bytes": file_bytes, "file_bits_per_weight": 8 * file_bytes / weights}
     if json:
         budgets = {"budgets": manifest.budgets, "policies": manifest.policies, "slices": manifest.slices}
+        if manifest.ipn is not None:
+            budgets["ipn"] = dict(manifest.ipn)
         shown = {"bits": bits_label(budget), "rule": params.rule}
         # JSON has no infinity: a slice that is never read has no threshold.
         for row in rows:
@@ -78,6 +80,9 @@ def inspect(
     on_disk = f"{totals['file_bits_per_weight']:.3f} bits per weight on disk"
     print(f"{opened.config.architecture}: {weights / 1e6:.1f} M weights, {on_disk}")
     print(f"budgets {', '.join(map(bits_label, manifest.budgets))}; policies {', '.join(manifest.policies)}")
+    if manifest.ipn is not None and manifest.ipn["centroids"]:
+        told = f"told apart by {manifest.ipn['key_channels']} channels"
+        print(f"ipn: {manifest.ipn['centroids']} centroids of each group's inputs, {told}")
     print_table(
         ("group", "out x in", "stored", "side", "outliers", "exact", f"{params.rule} at {bits_label(budget)}"),
         (_cells(row) for row in rows),

@@ -7,7 +7,7 @@ slice; only the order of floating-point sums differs. It serves to tune compress
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 
 from lowtide.arch import LAYER_NORMS, ModelConfig
 from lowtide.compress.dense import decoder_block, rms_norm, rope_tables
+from lowtide.errors import LowtideError
 from lowtide.format import codec
+from lowtide.format.centroids import Centroids
 from lowtide.format.groups import GroupTensors
 from lowtide.kernels.reference_ops import RANGE
 from lowtide.rules import GroupStats, Rule
@@ -37,9 +39,12 @@ class _Group:
     out: int
     side_bits: int
     ipn_side_bits: int  # under the rule ipn
+    has_centroids: bool
+    centroid_mean: torch.Tensor | None  # f32 [K, in] and [K, out], in place of the mean and the bias
+    centroid_bias: torch.Tensor | None
 
 
-def _unpack(group: GroupTensors) -> _Group:
+def _unpack(group: GroupTensors, centroids: Centroids | None) -> _Group:
     planes, outliers = [], []
     for linear in group.linears:
         digits = codec.digit_planes(linear.weight, linear.out_features, group.in_features)
@@ -62,6 +67,9 @@ def _unpack(group: GroupTensors) -> _Group:
         out=sum(linear.out_features for linear in group.linears),
         side_bits=8 * group.side_bytes(),
         ipn_side_bits=8 * group.side_bytes(ipn=True),
+        has_centroids=group.ipn is not None and group.ipn.centroids is not None,
+        centroid_mean=None if centroids is None else _f32([centroids.mean], 0),
+        centroid_bias=None if centroids is None else _f32(centroids.bias, 1),
     )
 
 
@@ -72,7 +80,8 @@ def _f32(parts: list[np.ndarray], axis: int) -> torch.Tensor:  # type: ignore[ty
 class MaskedModel:
     """A compressed model. `groups` as in the artifact, `norms` by Hugging Face tensor name, f32.
 
-    quantise_coefficients=False leaves the coefficients in float32, to see what their 8 bits cost.
+    quantise_coefficients=False leaves the coefficients in float32, to see what their 8 bits cost. centroids:
+    `Artifact.centroids()`; the rule `ipn` needs them if the artifact has any.
     """
 
     def __init__(
@@ -81,9 +90,11 @@ class MaskedModel:
         groups: Mapping[str, GroupTensors],
         norms: Mapping[str, np.ndarray],  # type: ignore[type-arg]
         quantise_coefficients: bool = True,
+        centroids: Mapping[str, Centroids] | None = None,
     ) -> None:
         self.config = config
-        self.groups = {name: _unpack(group) for name, group in groups.items()}
+        known = centroids or {}
+        self.groups = {name: _unpack(group, known.get(name)) for name, group in groups.items()}
         self.norms = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in norms.items()}
         self.quantise_coefficients = quantise_coefficients
         table = self.groups["head" if config.tied else "embed"]
@@ -109,18 +120,21 @@ class MaskedModel:
         read = 0.0
         gate: list[torch.Tensor] = []
         features: torch.Tensor | None = None
+        code: torch.Tensor | None = None
 
         for index in range(self.config.num_layers):
 
             def apply(name: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
-                nonlocal read, features
+                nonlocal read, features, code
                 full = f"layers.{index}.{name}"
                 group = self.groups[full]
                 found = rule.features(group.stats, x)
                 features = features if found is None else found
+                near = rule.code(group.stats, x)
+                code = code if near is None else near
                 cuts = torch.from_numpy(np.array(params[full]))
                 cuts = rule.waterline(group.stats, cuts, features, 0.0 if gains is None else float(gains[full]))
-                y, levels = self.product(full, x, rule, cuts, gate.pop() if name == "down" else None)
+                y, levels = self.product(full, x, rule, cuts, gate.pop() if name == "down" else None, code)
                 side = group.ipn_side_bits if rule.name == "ipn" else group.side_bits
                 read += 2.0 * float(levels.sum()) * group.out + side * ids.numel()
                 if name == "gate_up":
@@ -131,7 +145,7 @@ class MaskedModel:
             before, after = (self.norms[prefix + name] for name in LAYER_NORMS)
             x = decoder_block(self.config, (before, after), x, apply, rope)
         x = rms_norm(x, self.norms["model.norm.weight"], self.config.rms_eps)
-        logits, _ = self.product("head", x, rule, params["head"], None)
+        logits, _ = self.product("head", x, rule, params["head"], None, rule.code(self.groups["head"].stats, x))
         weights = sum(g.out * g.planes.shape[2] for n, g in self.groups.items() if n not in ("head", "embed"))
         return logits, read / weights / ids.numel()
 
@@ -142,18 +156,24 @@ class MaskedModel:
         rule: Rule,
         params: np.ndarray | torch.Tensor,  # type: ignore[type-arg]
         gate: torch.Tensor | None = None,
+        code: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One group's layers: x f32 [..., in] -> (y f32 [..., out], levels i32 [..., in]).
 
-        params: the rule's, f32 [S] or [S, ..., 1].
+        params: the rule's, f32 [S] or [S, ..., 1]. code: i64 [...], the tokens' centroids, if the rule has any.
         """
         group = self.groups[name]
         cuts = params if isinstance(params, torch.Tensor) else torch.from_numpy(np.array(params))
-        levels = rule.levels(group.stats, x, cuts, gate)
-        a = x - group.stats.mean
+        stats, bias = group.stats, group.bias
+        if rule.name == "ipn" and group.has_centroids:
+            if group.centroid_mean is None or group.centroid_bias is None or code is None:
+                raise LowtideError(f"{name}: the rule ipn measures from centroids here, and they were not given")
+            stats, bias = replace(stats, mean=group.centroid_mean[code]), group.centroid_bias[code]
+        levels = rule.levels(stats, x, cuts, gate)
+        a = x - stats.mean
         gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
         base = a * group.col_scale * gamma
-        y = group.bias + F.linear(a, group.outliers)
+        y = bias + F.linear(a, group.outliers)
         total = torch.zeros_like(y)
         for s, values in enumerate(self._coefficients(base, levels, len(group.planes))):
             total += F.linear(values, group.planes[s])

@@ -34,7 +34,15 @@ IPN_FIELDS: dict[str, str] = {
     "ipn_probe": "I8",
     "ipn_scale": "F32",
     "ipn_bias": "F32",
+    "ipn_centroids": "I8",
+    "ipn_step": "F16",
+    "ipn_channels": "I32",
+    "ipn_keys": "I8",
+    "ipn_key_scale": "F32",
+    "ipn_key_bias": "F32",
 }
+#: Of these no token reads all: one budget's gain, and no centroid, for engines make tables of them (`centroids`).
+_NOT_READ = {"ipn_gain": 4, "ipn_centroids": 0, "ipn_step": 0}
 LINEAR_FIELDS: dict[str, str] = {
     "weight": "U8",
     "row_scale": "F16",
@@ -95,6 +103,13 @@ class IpnTensors:
         gain: float32 [B], how far each budget lets the waterline move; groups of the decoder only.
         probe: int8 [H, in]; `qkv` and `gate_up` only, like scale and bias.
         scale, bias: float32 [H].
+        centroids: int8 [K, in], the middles of K clusters of the group's inputs in units of `step`, as differences from
+            the mean; None, like all that follows, in artifacts without.
+        step: float16 [in], at least 0; 0 for exact channels.
+        channels: int32 [C], ascending, the input channels that tell clusters apart; `qkv`, `gate_up` and `head` only,
+            like all that follows. C is a multiple of 16.
+        keys: int8 [K, C]; key_scale, key_bias: float32 [K]. A token is of the cluster k with the largest
+            `key_scale_k sum_c keys_kc x_c + key_bias_k`; `o` and `down` go by the cluster of `qkv` and `gate_up`.
     """
 
     importance: F16
@@ -103,6 +118,12 @@ class IpnTensors:
     probe: NDArray[np.int8] | None = None
     scale: F32 | None = None
     bias: F32 | None = None
+    centroids: NDArray[np.int8] | None = None
+    step: F16 | None = None
+    channels: NDArray[np.int32] | None = None
+    keys: NDArray[np.int8] | None = None
+    key_scale: F32 | None = None
+    key_bias: F32 | None = None
 
     def fields(self) -> dict[str, NDArray[Any]]:
         """The tensors that are there, by their names in `IPN_FIELDS`."""
@@ -110,11 +131,13 @@ class IpnTensors:
         return {field: tensor for field, tensor in found.items() if tensor is not None}
 
     def side_bytes(self) -> int:
-        """Bytes read for every token: all of it, and the gain of one budget."""
-        return sum(4 if field == "ipn_gain" else int(tensor.nbytes) for field, tensor in self.fields().items())
+        """Bytes read for every token besides what takes the place of the mean and the bias."""
+        return sum(_NOT_READ.get(field, int(tensor.nbytes)) for field, tensor in self.fields().items())
 
 
-def ipn_shapes(group: str, inputs: int, features: int, budgets: int) -> dict[str, tuple[int, ...]]:
+def ipn_shapes(
+    group: str, inputs: int, features: int, budgets: int, centroids: int = 0, channels: int = 0
+) -> dict[str, tuple[int, ...]]:
     """Shapes of exactly the IPN's tensors that a group has, by field; none for `embed`."""
     shapes: dict[str, tuple[int, ...]] = {}
     if group != "embed":
@@ -123,6 +146,11 @@ def ipn_shapes(group: str, inputs: int, features: int, budgets: int) -> dict[str
         shapes |= {"ipn_mix": (features + 1,), "ipn_gain": (budgets,)}
     if group.rpartition(".")[2] in ("qkv", "gate_up"):
         shapes |= {"ipn_probe": (features, inputs), "ipn_scale": (features,), "ipn_bias": (features,)}
+    if centroids and group != "embed":
+        shapes |= {"ipn_centroids": (centroids, inputs), "ipn_step": (inputs,)}
+        if group.rpartition(".")[2] in ("qkv", "gate_up", "head"):
+            shapes |= {"ipn_channels": (channels,), "ipn_keys": (centroids, channels)}
+            shapes |= {"ipn_key_scale": (centroids,), "ipn_key_bias": (centroids,)}
     return shapes
 
 

@@ -74,6 +74,8 @@ __all__ = [
 CODINGS = ("packed", "entropy")
 _SINCE_2 = ("zero", "coding", "image", "prefixes")
 """Fields that version 1 does not have; their defaults say what it was."""
+_SINCE_4 = {"centroids", "key_channels"}
+"""Fields of `ipn` that version 3 does not have: 0 of both."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Manifest:
         prefixes: if coded, size and digest of the beginning of `model.safetensors` that holds the first 1, 2, .. S
             slices: enough of a partial download to read that many.
         ipn: what there is to know about the IPN if the policies have the rule `ipn`, else None.
-        format_version: 1, 2, or, with an IPN, 3.
+        format_version: 1, 2, or, with an IPN, 3 or, if it has centroids, 4.
 
     Raises:
         LowtideError: on construction, if anything is out of range or does not fit the rest.
@@ -174,7 +176,9 @@ class Manifest:
         if not spec.has_thresholds:
             del shapes["thresholds"]
         if self.ipn is not None:
-            shapes |= ipn_shapes(spec.name, inputs, self.ipn["features"], len(self.budgets))
+            i = self.ipn
+            sizes = (i["features"], len(self.budgets), i["centroids"], i["key_channels"])
+            shapes |= ipn_shapes(spec.name, inputs, *sizes)
         known = GROUP_FIELDS | IPN_FIELDS
         expected = {f"lowtide.{spec.name}.{field}": (known[field], shape) for field, shape in shapes.items()}
         for linear in spec.linears:
@@ -198,6 +202,8 @@ class Manifest:
         body |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in body}
         if self.ipn is None:
             del body["ipn"]
+        elif self.format_version < 4:
+            body["ipn"] = {name: value for name, value in self.ipn.items() if name not in _SINCE_4}
         return ("{\n" + ",\n".join(f"{_dump(key)}: {_lines(value)}" for key, value in body.items()) + "\n}\n").encode()
 
     @classmethod
@@ -224,6 +230,11 @@ class Manifest:
             fields.remove("ipn")
         check_keys("manifest", body, fields if body["format_version"] > 1 else fields.difference(_SINCE_2))
         body = dict(body)
+        if body["format_version"] == 3 and isinstance(body.get("ipn"), dict):
+            odd = sorted(_SINCE_4 & body["ipn"].keys())
+            if odd:
+                raise bad("ipn", f"has an unknown field {short(odd[0])}")
+            body["ipn"] = body["ipn"] | dict.fromkeys(_SINCE_4, 0)
         config = check_keys("config", body["config"], {f.name for f in dataclasses.fields(ModelConfig)})
         eos = config["eos_token_ids"]
         body["config"] = ModelConfig(**(config | {"eos_token_ids": tuple(eos) if isinstance(eos, list) else eos}))

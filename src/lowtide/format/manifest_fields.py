@@ -16,8 +16,9 @@ from lowtide.arch import GroupSpec
 from lowtide.errors import LowtideError
 from lowtide.format.strictjson import short
 
-FORMAT_VERSION = 3
-"""The newest version that this code reads. Written is 3 with an IPN and 2 without, so that older readers go on."""
+FORMAT_VERSION = 4
+"""The newest version that this code reads. Written is 4 with an IPN that has centroids, 3 with one that has none and 2
+without one, so that older readers go on."""
 MANIFEST_NAME = "lowtide.json"
 DIGEST_NAME = "lowtide.json.sha256"
 WEIGHTS_NAME = "model.safetensors"
@@ -28,6 +29,8 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Tensors' names -> (dtype, shape)."""
 MAX_FEATURES = 64
 """Of a probe of the IPN; the engine has room for that many."""
+MAX_CENTROIDS, MAX_KEY_CHANNELS = 1024, 128
+"""Of a group's inputs, and channels that tell them apart; the same."""
 _COUNT_LIMIT = 1 << 53
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLICY = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*(:[0-9]+(,[0-9]+)*)?")
@@ -69,11 +72,14 @@ class GroupSummary:
 
 
 class IpnInfo(TypedDict):
-    """Of an artifact's IPN: features H of a probe, and the range of bits_read_body that it was trained for."""
+    """Of an artifact's IPN: features H of a probe, the range of bits_read_body that it was trained for, K centroids of
+    every group's inputs and C channels that tell them apart (0 of both in version 3, which does not have them)."""
 
     features: int
     low: float
     high: float
+    centroids: int
+    key_channels: int
 
 
 def has_ipn(policies: list[str]) -> bool:
@@ -81,9 +87,11 @@ def has_ipn(policies: list[str]) -> bool:
     return any(policy.partition(":")[0] == "ipn" for policy in policies)
 
 
-def version_for(policies: list[str]) -> int:
-    """The format version of an artifact with these policies."""
-    return 3 if has_ipn(policies) else 2
+def version_for(policies: list[str], ipn: IpnInfo | None = None) -> int:
+    """The format version of an artifact with these policies and this IPN."""
+    if not has_ipn(policies):
+        return 2
+    return 4 if ipn is not None and ipn["centroids"] else 3
 
 
 def bad(field: str, problem: str) -> LowtideError:
@@ -158,18 +166,30 @@ def check_policies(policies: object) -> None:
 
 
 def check_ipn(ipn: object, policies: list[str], version: int) -> None:
-    """What is known about the IPN: there with the rule `ipn` and version 3, and only then."""
-    if (version == 3) != has_ipn(policies):
-        raise bad("format_version", f"must be 3 if the rule ipn is one of the policies and less if not, not {version}")
+    """What is known about the IPN: there with the rule `ipn` and version 3 or 4, and only then."""
+    if (version >= 3) != has_ipn(policies):
+        raise bad(
+            "format_version", f"must be 3 or 4 if the rule ipn is one of the policies and less if not, not {version}"
+        )
     if (ipn is not None) != has_ipn(policies):
         raise bad("ipn", "does not fit the policies: it is there if the rule ipn is one of them, and only then")
     if ipn is None:
         return
-    info = check_keys("ipn", ipn, {"features", "low", "high"})
+    info = check_keys("ipn", ipn, {"features", "low", "high", "centroids", "key_channels"})
     check_count("ipn features", info["features"], 1, MAX_FEATURES)
+    _check_centroids(info["centroids"], info["key_channels"], version)
     low, high = info["low"], info["high"]
     if any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in (low, high)) or not 0 < low < high <= 1024:
         raise bad("ipn", f"low and high must ascend within 0 to 1024 bits, not {short(low)} and {short(high)}")
+
+
+def _check_centroids(centroids: object, channels: object, version: int) -> None:
+    check_count("ipn centroids", centroids, 0, MAX_CENTROIDS)
+    check_count("ipn key_channels", channels, 0, MAX_KEY_CHANNELS)
+    if bool(centroids) != bool(channels) or bool(centroids) != (version == 4):
+        raise bad("ipn", "centroids and key_channels must both be there in version 4, and in no other")
+    if isinstance(channels, int) and channels % 16:
+        raise bad("ipn key_channels", f"must be a multiple of 16, not {channels}")
 
 
 def check_files(files: dict[str, FileEntry]) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lowtide.arch import GroupSpec, ModelConfig, group_specs, norm_specs
 from lowtide.errors import LowtideError
 from lowtide.format import layout, stamp
+from lowtide.format.centroids import Centroids, load_centroids
 from lowtide.format.coded import check_spans
 from lowtide.format.groups import GROUP_FIELDS, LINEAR_FIELDS, GroupTensors, IpnTensors, LinearTensors, ipn_shapes
 from lowtide.format.hfconfig import check_config
@@ -51,6 +52,18 @@ class Artifact:
     manifest: Manifest
     groups: dict[str, GroupTensors]
     _tensors: dict[str, NDArray[Any]] = field(repr=False)
+    _centroids: dict[str, Centroids] | None = field(default=None, init=False, repr=False)
+
+    def centroids(self) -> dict[str, Centroids]:
+        """What engines know of every group's centroids, by group; none in artifacts without. Made once for every
+        artifact and kept in the user's cache.
+
+        Raises:
+            LowtideError: there is no room for it.
+        """
+        if self._centroids is None:
+            self._centroids = load_centroids(self.path, self.groups)
+        return self._centroids
 
     @property
     def config(self) -> ModelConfig:
@@ -300,7 +313,9 @@ def _group(spec: GroupSpec, manifest: Manifest, tensors: dict[str, NDArray[Any]]
     ]
     ipn = None
     if manifest.ipn is not None and spec.has_thresholds:
-        names = ipn_shapes(spec.name, spec.in_features, manifest.ipn["features"], len(manifest.budgets))
+        info = manifest.ipn
+        sizes = (info["features"], len(manifest.budgets), info["centroids"], info["key_channels"])
+        names = ipn_shapes(spec.name, spec.in_features, *sizes)
         ipn = IpnTensors(**{f.removeprefix("ipn_"): tensors[f"lowtide.{spec.name}.{f}"] for f in names})
     return GroupTensors(
         name=spec.name,

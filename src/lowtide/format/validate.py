@@ -31,7 +31,7 @@ def check_group(group: GroupTensors, policies: list[str], where: str) -> None:
         LowtideError: naming the file and the tensor.
     """
     prefix = f"{where}: tensor lowtide.{group.name}"
-    _check_exact_channels(group, prefix)
+    _check_channels(group.exact_channels, group.in_features, f"{prefix}.exact_channels")
     exact = group.exact_channels
     _finite_f16(group.mean, f"{prefix}.mean")
     _positive_f16(group.col_scale, f"{prefix}.col_scale")
@@ -39,7 +39,7 @@ def check_group(group: GroupTensors, policies: list[str], where: str) -> None:
         raise LowtideError(f"{prefix}.mean: must be zero for exact channels")
     _check_importance(group.importance, exact, f"{prefix}.importance")
     if group.ipn is not None:
-        _check_ipn(group.ipn, exact, prefix)
+        _check_ipn(group.ipn, group, prefix)
     if not np.all(np.isfinite(group.shrink) & (group.shrink > 0)):
         raise LowtideError(f"{prefix}.shrink: holds a value that is not finite and above zero")
     if group.name != "embed":
@@ -68,18 +68,21 @@ def _check_importance(importance: NDArray[np.float16], exact: NDArray[np.int32],
         raise LowtideError(f"{where}: must be zero for exact channels")
 
 
-def _check_ipn(ipn: IpnTensors, exact: NDArray[np.int32], prefix: str) -> None:
-    """The rule `ipn`: any int8 is a probe's weight, everything else is finite."""
-    _check_importance(ipn.importance, exact, f"{prefix}.ipn_importance")
+def _check_ipn(ipn: IpnTensors, group: GroupTensors, prefix: str) -> None:
+    """The rule `ipn`: any int8 is a probe's weight, a key or a centroid, everything else is finite."""
+    _check_importance(ipn.importance, group.exact_channels, f"{prefix}.ipn_importance")
+    if ipn.step is not None:
+        _check_importance(ipn.step, group.exact_channels, f"{prefix}.ipn_step")
+    if ipn.channels is not None:
+        _check_channels(ipn.channels, group.in_features, f"{prefix}.ipn_channels")
     for field, tensor in ipn.fields().items():
         if tensor.dtype == np.float32 and not np.all(np.isfinite(tensor)):
             raise LowtideError(f"{prefix}.{field}: holds a value that is not finite")
 
 
-def _check_exact_channels(group: GroupTensors, prefix: str) -> None:
-    exact = group.exact_channels
-    if exact.size and (exact[0] < 0 or exact[-1] >= group.in_features or np.any(exact[1:] <= exact[:-1])):
-        raise LowtideError(f"{prefix}.exact_channels: must ascend and lie in 0 to {group.in_features - 1}")
+def _check_channels(channels: NDArray[np.int32], inputs: int, where: str) -> None:
+    if channels.size and (channels[0] < 0 or channels[-1] >= inputs or np.any(channels[1:] <= channels[:-1])):
+        raise LowtideError(f"{where}: must ascend and lie in 0 to {inputs - 1}")
 
 
 def _check_thresholds(table: NDArray[np.float32], policy: str, inputs: int, where: str) -> None:

@@ -156,7 +156,7 @@ class ArtifactWriter:
                 else:
                     self._coded, stats["entropy"] = encode_spool(self._spool, target, config, slices, zero, report)
         image, prefixes = self._write_weights(config, slices)
-        self._add_file(CONFIG_NAME, encode_config(config, version_for(policies)))
+        self._add_file(CONFIG_NAME, encode_config(config, version_for(policies, ipn)))
         if CARD_NAME not in self._files:
             title = stats.get("source", self.path.name)
             self._add_file(CARD_NAME, model_card(config, slices, budgets, policies, title))
@@ -179,7 +179,7 @@ class ArtifactWriter:
             image=image,
             prefixes=prefixes,
             ipn=ipn,
-            format_version=version_for(policies),
+            format_version=version_for(policies, ipn),
         )
         if self._coded:  # nothing but the image's tensors says what is in a coded file
             check_shapes(self._spool.tensors, manifest.expected_tensors())

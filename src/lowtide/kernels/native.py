@@ -23,6 +23,7 @@ from lowtide.kernels.sequences import Step, check_round
 from lowtide.kernels.types import DecodeStats, PolicyParams
 
 if TYPE_CHECKING:
+    from lowtide.format.centroids import Centroids
     from lowtide.format.groups import GroupTensors, LinearTensors
     from lowtide.format.reader import Artifact
 
@@ -31,6 +32,9 @@ F32 = NDArray[np.float32]
 SHORT_PROMPT = 2
 MAX_CHANNELS = 65536
 """Sums of digits times coefficients stay within 32 bits, and byte offsets too (with layers below 4 GiB)."""
+
+_NOT_HANDED_OVER = ("ipn_gain", "ipn_centroids", "ipn_step")
+"""Of the IPN: gains come with each token, and centroids as the tables made of them."""
 
 _pointer = ctypes.c_void_p
 
@@ -305,9 +309,11 @@ class Engine:
         groups = list(artifact.groups.values())
         self.has_ipn = artifact.manifest.ipn is not None
         self.groups = 4 * c.num_layers + 1  # that have thresholds
-        table = (library.Group * len(groups))()
+        table, centroids = (library.Group * len(groups))(), artifact.centroids()
         for entry, group in zip(table, groups, strict=True):
             self._fill_group(entry, group)
+            if group.name in centroids:
+                self._fill_centroids(entry, group, centroids[group.name])
         kinds = ("input", "post_attention")
         names = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(c.num_layers) for kind in kinds]
         norms = [np.ascontiguousarray(artifact.tensor(name), np.float32) for name in [*names, "model.norm.weight"]]
@@ -356,10 +362,18 @@ class Engine:
             entry.ipn_side_bits = 8 * group.side_bytes(ipn=True)
             entry.ipn_features = 0 if group.ipn.mix is None else len(group.ipn.mix) - 1
             for name, tensor in group.ipn.fields().items():
-                if name != "ipn_gain":
+                if name not in _NOT_HANDED_OVER:
                     setattr(entry, name, self._pointer_to(tensor))
         for target, linear in zip(entry.linear, group.linears, strict=False):
             self._fill_linear(target, linear)
+
+    def _fill_centroids(self, entry: Any, group: GroupTensors, centroids: Centroids) -> None:
+        entry.ipn_centroids = len(centroids.mean)
+        if group.ipn is not None and group.ipn.channels is not None:
+            entry.ipn_key_channels = len(group.ipn.channels)
+        entry.ipn_mean = self._pointer_to(centroids.mean)
+        for target, bias in zip(entry.linear, centroids.bias, strict=False):
+            target.ipn_base = self._pointer_to(bias)
 
     def _fill_linear(self, entry: Any, linear: LinearTensors) -> None:
         entry.out = linear.out_features

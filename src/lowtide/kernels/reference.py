@@ -8,7 +8,9 @@ parameters.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +23,7 @@ from lowtide.kernels.native import SHORT_PROMPT
 from lowtide.kernels.reference_cache import CachedRows
 from lowtide.kernels.sequences import Step, check_round
 from lowtide.kernels.types import DecodeStats, PolicyParams
-from lowtide.rules import GroupStats, get_rule
+from lowtide.rules import GroupStats, Rule, get_rule
 
 if TYPE_CHECKING:
     from lowtide.format.groups import GroupTensors, LinearTensors
@@ -36,6 +38,21 @@ PLANE_CACHE_BYTES = 4 << 30
 """Digits are kept unpacked, one byte each, up to this size; a larger model is unpacked again for every call."""
 HEAD_CHUNK = 64
 """Tokens that go through the output head at a time."""
+
+
+@dataclass(frozen=True)
+class Middle:
+    """What a group's inputs are measured from.
+
+    Attributes:
+        stats: the group's statistics with that mean.
+        mean: f32 [n, in] of each token's centroid; None: the group's own.
+        bias: f32 [n, out] for every member; None: its own.
+    """
+
+    stats: GroupStats
+    mean: F32 | None
+    bias: list[F32 | None]
 
 
 class ReferenceEngine:
@@ -65,6 +82,7 @@ class ReferenceEngine:
         self.vocab_size = c.vocab_size
         self._groups: dict[str, GroupTensors] = artifact.groups
         self._stats = {name: GroupStats.of(group) for name, group in self._groups.items()}
+        self._centroids = artifact.centroids()
         self._norms = [
             tuple(
                 _f32(artifact.tensor(f"model.layers.{n}.{name}_layernorm.weight"))
@@ -200,6 +218,15 @@ class ReferenceEngine:
         """A group's tensors and what rules may know about it."""
         return self._groups[name], self._stats[name]
 
+    def middle(self, name: str, rule: Rule, code: NDArray[np.int64] | None) -> Middle:
+        """What a group's inputs are measured from under a rule; code i64 [n]: the tokens' centroids."""
+        group, stats = self.group(name)
+        found = self._centroids.get(name)
+        if found is None or rule.name != "ipn":
+            return Middle(stats, None, [None] * len(group.linears))
+        mean = found.mean[code].astype(np.float32)
+        return Middle(dataclasses.replace(stats, mean=mean), mean, [_f32(bias[code]) for bias in found.bias])
+
     def digits(self, group: GroupTensors, linear: LinearTensors) -> NDArray[np.uint8]:
         """The unpacked digits of one linear layer, u8 [S, in, out]."""
         if self._planes is not None and linear.name in self._planes:
@@ -260,14 +287,19 @@ class _Masked:
         self.bits = np.zeros(tokens, np.int64)
         self.last = np.zeros(expected, np.int64)
         self._features: F32 | None = None
+        self._code: NDArray[np.int64] | None = None
 
     def __call__(self, index: int, name: str, x: F32, gate: F32 | None) -> list[F32]:
         group, _ = self.engine.group(name)
-        levels = self._levels(index, name, x, gate, self.policy.log2_offset)
+        middle = self._middle(name, x)
+        levels = self._levels(index, name, x, gate, self.policy.log2_offset, middle.stats)
         bits = ops.group_bits(group, levels, self.rule.name == "ipn")
         self.bits += bits
         self.last[index] = bits[-1]
-        return [ops.graded_linear(group, m, self.engine.digits(group, m), x, levels) for m in group.linears]
+        return [
+            ops.graded_linear(group, m, self.engine.digits(group, m), x, levels, middle.mean, bias)
+            for m, bias in zip(group.linears, middle.bias, strict=True)
+        ]
 
     def head(self, x: F32) -> F32:
         """Logits f32 [n, V] of what the head reads f32 [n, D]."""
@@ -275,17 +307,24 @@ class _Masked:
             return self(-1, "head", x, None)[0]
         group, _ = self.engine.group("head")
         linear, planes = group.linears[0], self.engine.digits(group, group.linears[0])
-        offset = self.policy.log2_offset
-        coarse = self._levels(-1, "head", x, None, offset + self.policy.head_offset)
-        fine = self._levels(-1, "head", x, None, offset)
-        logits = ops.graded_linear(group, linear, planes, x, coarse)
+        offset, middle = self.policy.log2_offset, self._middle("head", x)
+        coarse = self._levels(-1, "head", x, None, offset + self.policy.head_offset, middle.stats)
+        fine = self._levels(-1, "head", x, None, offset, middle.stats)
+        logits = ops.graded_linear(group, linear, planes, x, coarse, middle.mean, middle.bias[0])
         again = ops.leading_rows(logits, self.policy.head_margin)
         self.bits += ops.group_bits(group, coarse, self.rule.name == "ipn")
         self.bits += 2 * fine.sum(axis=-1, dtype=np.int64) * again.sum(axis=-1)
-        return np.where(again, ops.graded_linear(group, linear, planes, x, fine), logits)
+        finer = ops.graded_linear(group, linear, planes, x, fine, middle.mean, middle.bias[0])
+        return np.where(again, finer, logits)
 
-    def _levels(self, index: int, name: str, x: F32, gate: F32 | None, offset: float) -> NDArray[np.int32]:
-        _, stats = self.engine.group(name)
+    def _middle(self, name: str, x: F32) -> Middle:
+        found = self.rule.code(self.engine.group(name)[1], x)
+        self._code = self._code if found is None else found
+        return self.engine.middle(name, self.rule, self._code)
+
+    def _levels(
+        self, index: int, name: str, x: F32, gate: F32 | None, offset: float, stats: GroupStats
+    ) -> NDArray[np.int32]:
         found = self.rule.features(stats, x)
         self._features = self._features if found is None else found
         gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])

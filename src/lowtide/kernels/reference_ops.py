@@ -202,25 +202,38 @@ def digit_sums(planes: U8, coef: I32, levels: I32, k: int, centres: tuple[int, .
     return total
 
 
-def graded_linear(group: GroupTensors, linear: LinearTensors, planes: U8, x: F32, levels: I32) -> F32:
+def graded_linear(
+    group: GroupTensors,
+    linear: LinearTensors,
+    planes: U8,
+    x: F32,
+    levels: I32,
+    mean: F32 | None = None,
+    bias: F32 | None = None,
+) -> F32:
     """One linear layer of a group: f32 [n, out] from inputs x f32 [n, in] and levels i32 [n, in].
 
-    planes: u8 [S, in, out], the layer's digits (`channel_planes`).
+    Args:
+        planes: u8 [S, in, out], the layer's digits (`channel_planes`).
+        mean, bias: f32 [n, in] and [n, out], what each token's centroid puts in place of the group's.
     """
-    a = x - group.mean.astype(np.float32)
+    a = x - (group.mean.astype(np.float32) if mean is None else mean)
     coef, scale = coefficients(a, levels, group.col_scale.astype(np.float32), group.shrink)
     y = np.zeros((len(x), linear.out_features), np.float32)
     for k in range(group.slices):
         y += scale[k][:, None] * digit_sums(planes, coef, levels, k, group.centres).astype(np.float32)
-    return _finish(group, linear, y, a)
+    return _finish(group, linear, y, a, bias=bias)
 
 
-def _finish(group: GroupTensors, linear: LinearTensors, y: F32, a: F32, outliers_first: bool = False) -> F32:
+def _finish(
+    group: GroupTensors, linear: LinearTensors, y: F32, a: F32, outliers_first: bool = False, bias: F32 | None = None
+) -> F32:
     """What follows the sums of a linear layer: row scale, bias, outliers, exact columns (whose mean is 0).
 
-    Outliers are added to y one by one, or, with outliers_first, to each other and then as one number to y.
+    Outliers are added to y one by one, or, with outliers_first, to each other and then as one number to y. bias: f32
+    [n, out]; the layer's own by default.
     """
-    y = y * linear.row_scale.astype(np.float32) + linear.bias.astype(np.float32)
+    y = y * linear.row_scale.astype(np.float32) + (linear.bias.astype(np.float32) if bias is None else bias)
     rows, cols, values = linear.outliers()
     weights = values.astype(np.float32)
     to = np.zeros_like(y) if outliers_first else y

@@ -30,6 +30,8 @@ class IpnStats:
         mix: f32 [H + 1].
         probe: f32 [H, in], whole numbers.
         scale, bias: f32 [H].
+        channels: i64 [C], the channels that keys look at.
+        keys: f32 [K, C], whole numbers; key_scale, key_bias: f32 [K].
     """
 
     importance: Array
@@ -37,12 +39,18 @@ class IpnStats:
     probe: Array | None = None
     scale: Array | None = None
     bias: Array | None = None
+    channels: Array | None = None
+    keys: Array | None = None
+    key_scale: Array | None = None
+    key_bias: Array | None = None
 
     @classmethod
     def of(cls, ipn: Any) -> IpnStats:
         """What a `lowtide.format.groups.IpnTensors` holds, as numpy arrays."""
         values = {f.name: getattr(ipn, f.name) for f in fields(cls)}
-        return cls(**{name: None if a is None else np.asarray(a, np.float32) for name, a in values.items()})
+        kinds = {"channels": np.int64}
+        made = {n: None if a is None else np.asarray(a, kinds.get(n, np.float32)) for n, a in values.items()}
+        return cls(**made)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class GroupStats:
     """What a rule may know about a group, besides the input. Arrays are numpy or torch, like the input.
 
     Attributes:
-        mean: f32 [in], mean of the input over the calibration text (0 for exact channels).
+        mean: f32 [in], mean of the input over the calibration text (0 for exact channels); where tokens have centroids
+            [..., in], each token's own.
         importance: f32 [in], v_j, the sensitivity-weighted norm of column j (0 for exact channels).
         slices: S, the number of stored 2-bit slices.
         exact: bool [in], channels that are kept exact and so never read through slices; None if there are none.
@@ -107,6 +116,11 @@ class Rule(ABC):
 
     def features(self, stats: GroupStats, x: Array) -> Array | None:
         """What the rule sees in a group's input x f32 [..., in] for this group and those after it; None: nothing."""
+        return None
+
+    def code(self, stats: GroupStats, x: Array) -> Array | None:
+        """Which centroids a group's inputs x f32 [..., in], and those of the groups after it, are measured from: i64
+        [...]. None: those of the group before, or there are none."""
         return None
 
     def waterline(self, stats: GroupStats, params: Array, features: Array | None, gain: float) -> Array:

@@ -23,6 +23,9 @@ class Ipn(Rule):
     the waterline, so a token to which the group matters reads more. The probe at the input of `qkv` serves `o` as
     well, that of `gate_up` serves `down`; the head has the importance alone.
 
+    Where the artifact has centroids, a token is measured from its own, mean_j becoming that centroid's: `code` says
+    which, from keys at the inputs of `qkv`, `gate_up` and the head; `o` and `down` go by those of `qkv` and `gate_up`.
+
     `features` and `waterline` are the rule's two steps before `levels`, which takes thresholds already moved.
     """
 
@@ -43,6 +46,19 @@ class Ipn(Rule):
         else:
             sums = np.stack([ops.lane_sum(row * x) for row in ipn.probe], axis=-1)
         return (sums * ipn.scale + ipn.bias).clip(like(0, sums))
+
+    def code(self, stats: GroupStats, x: Array) -> Array | None:
+        """i64 [...]: the first of the centroids whose key fits best. What is not a number fits worst."""
+        ipn = _ipn(stats)
+        if ipn.keys is None or ipn.channels is None or ipn.key_scale is None or ipn.key_bias is None:
+            return None
+        picked = x[..., ipn.channels]
+        if is_torch(x):
+            sums = picked @ ipn.keys.T
+        else:
+            sums = np.stack([ops.lane_sum(row * picked) for row in ipn.keys], axis=-1)
+        fit = sums * ipn.key_scale + ipn.key_bias
+        return namespace(fit).where(fit == fit, fit, like(-np.inf, fit)).argmax(-1)
 
     def waterline(self, stats: GroupStats, params: Array, features: Array | None, gain: float) -> Array:
         """Thresholds of every token: f32 [S, ..., 1] from params f32 [S] and features f32 [..., H].

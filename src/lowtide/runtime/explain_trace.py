@@ -36,6 +36,7 @@ class Reading:
         index: place of the group, 4 * layer + kind.
         group: its tensors.
         x: f32 [n, in], its input.
+        mean: f32 [in], or [n, in] where tokens have centroids: what its input is measured from.
         score: f32 [n, in], what the rule compared (see `ranking_score`); 0 for exact channels.
         levels: i32 [n, in], slices read.
         bits: i64 [n], bits read, side data included.
@@ -47,6 +48,7 @@ class Reading:
     index: int
     group: GroupTensors
     x: F32
+    mean: F32
     score: F32
     levels: I32
     bits: I64
@@ -57,7 +59,8 @@ class Reading:
         """The same of some of its tokens."""
         r = list(rows)
         drivers = None if self.drivers is None else self.drivers[r]
-        arrays = (self.x[r], self.score[r], self.levels[r], self.bits[r], self.offset[r])
+        mean = self.mean if self.mean.ndim == 1 else self.mean[r]
+        arrays = (self.x[r], mean, self.score[r], self.levels[r], self.bits[r], self.offset[r])
         return Reading(self.index, self.group, *arrays, drivers)
 
 
@@ -75,34 +78,39 @@ class Tracer(ReferenceEngine):
         Raises:
             LowtideError: as `decode_body`.
         """
-        probe = _Probe(policy)
+        probe = _Probe(self, policy)
 
         def see(index: int, name: str, x: F32, gate: F32 | None, bits: I64) -> None:
-            watch(probe.reading(index, *self.group(name), x, gate, bits))
+            watch(probe.reading(index, name, x, gate, bits))
 
         return self.decode_body(tokens, pos, policy, see)[1]
 
 
 class _Probe:
-    """Works out once more what the rule decided for a group; remembers the probe that serves the groups after it."""
+    """Works out once more what the rule decided for a group; remembers what serves the groups after it: the probe and
+    the tokens' centroids."""
 
-    def __init__(self, policy: PolicyParams) -> None:
-        self.policy, self.rule = policy, get_rule(policy.rule)
+    def __init__(self, engine: ReferenceEngine, policy: PolicyParams) -> None:
+        self.engine, self.policy, self.rule = engine, policy, get_rule(policy.rule)
+        self.code: I64 | None = None
         self.features: F32 | None = None
         self.source: tuple[GroupStats, F32] | None = None
 
-    def reading(
-        self, index: int, group: GroupTensors, stats: GroupStats, x: F32, gate: F32 | None, bits: I64
-    ) -> Reading:
-        found = self.rule.features(stats, x)
+    def reading(self, index: int, name: str, x: F32, gate: F32 | None, bits: I64) -> Reading:
+        group, own = self.engine.group(name)
+        found, code = self.rule.features(own, x), self.rule.code(own, x)
         if found is not None:
-            self.features, self.source = found, (stats, x)
+            self.features, self.source = found, (own, x)
+        if code is not None:
+            self.code = code
+        stats = self.engine.middle(name, self.rule, self.code).stats
         gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])
         params = self.rule.shift(self.policy.thresholds[index], self.policy.log2_offset)
         params = self.rule.waterline(stats, params, self.features, gain)
         levels = self.rule.levels(stats, x, params, gate)
         offset, drivers = self._offset(stats, len(x))
-        return Reading(index, group, x, ranking_score(self.rule, stats, x, gate), levels, bits, offset, drivers)
+        score = ranking_score(self.rule, stats, x, gate)
+        return Reading(index, group, x, stats.mean, score, levels, bits, offset, drivers)
 
     def _offset(self, stats: GroupStats, n: int) -> tuple[F32, F32 | None]:
         if self.features is None or self.source is None or stats.ipn is None or stats.ipn.mix is None:
@@ -227,7 +235,7 @@ def strongest(columns: Columns, peaks: F32, reading: Reading, count: int) -> lis
     Returns:
         for each token at most `count` `Found`, largest first; products of 0 are left out.
     """
-    a = reading.x - reading.group.mean.astype(np.float32)
+    a = reading.x - reading.mean
     channels = top(np.abs(a) * np.take_along_axis(peaks, reading.levels, axis=0), count)  # [n, K]
     levels = np.take_along_axis(reading.levels, channels, axis=1)
     shape = (*channels.shape, -1)

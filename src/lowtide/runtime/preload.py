@@ -16,10 +16,11 @@ from lowtide.kernels.types import PolicyParams
 from lowtide.runtime.memory import read_pages
 
 if TYPE_CHECKING:
+    from lowtide.format.centroids import Centroids
     from lowtide.format.groups import GroupTensors
     from lowtide.format.reader import Artifact
 
-SIDE = ("row_scale", "bias", "exact", "outlier_ptr", "outlier_row", "outlier_gap", "outlier_value")
+SIDE = ("row_scale", "exact", "outlier_ptr", "outlier_row", "outlier_gap", "outlier_value")
 
 
 def readable_slices(params: PolicyParams, row: int, slices: int) -> int:
@@ -41,9 +42,11 @@ def readable(artifact: Artifact, params: PolicyParams, prompts: bool = True) -> 
         prompts: prompts are read as well, not only decoded tokens.
     """
     slices, tied = artifact.manifest.slices, artifact.config.tied
+    centroids = artifact.centroids() if params.rule == "ipn" else {}
     found: list[NDArray[Any]] = []
     for row, (name, group) in enumerate(artifact.groups.items()):
         looked_up = name == "embed" or (name == "head" and tied)
+        found += _middles(group, centroids.get(name), prompts)
         count = slices if prompts or looked_up else readable_slices(params, row, slices)
         found += _side(group, params.rule)
         for linear in group.linears:
@@ -54,10 +57,20 @@ def readable(artifact: Artifact, params: PolicyParams, prompts: bool = True) -> 
 
 def _side(group: GroupTensors, rule: str) -> list[NDArray[Any]]:
     """What a group has beside its linear layers, without thresholds, which are copied when a budget is set."""
-    own: list[NDArray[Any]] = [group.mean, group.col_scale, group.shrink, group.exact_channels]
+    own: list[NDArray[Any]] = [group.col_scale, group.shrink, group.exact_channels]
     if rule != "ipn" or group.ipn is None:
         return [*own, group.importance]
-    return own + [tensor for name, tensor in group.ipn.fields().items() if name != "ipn_gain"]
+    unread = ("ipn_gain", "ipn_centroids", "ipn_step")  # copied, or made tables of
+    return own + [tensor for name, tensor in group.ipn.fields().items() if name not in unread]
+
+
+def _middles(group: GroupTensors, centroids: Centroids | None, prompts: bool) -> list[NDArray[Any]]:
+    """What inputs are measured from, and what their layers make of it: of a centroid, where there are any, or of the
+    mean, from which prompts are measured always."""
+    own: list[NDArray[Any]] = [group.mean, *(linear.bias for linear in group.linears)]
+    if centroids is None:
+        return own
+    return [centroids.mean, *centroids.bias, *(own if prompts else [])]
 
 
 def preload(artifact: Artifact, params: PolicyParams, prompts: bool = True) -> int:

@@ -33,7 +33,7 @@ class RivalModel(MaskedModel):
 
     def __init__(self, artifact: Artifact, quantise_coefficients: bool = True) -> None:
         norms = {name: artifact.tensor(name) for name, _ in norm_specs(artifact.config)}
-        super().__init__(artifact.config, artifact.groups, norms, quantise_coefficients)
+        super().__init__(artifact.config, artifact.groups, norms, quantise_coefficients, artifact.centroids())
         self.parts = {name: _rows(group) for name, group in artifact.groups.items()}
         self.body = [name for name in self.groups if name not in ("head", "embed")]
         self.body_weights = sum(self.weights(name) for name in self.body)

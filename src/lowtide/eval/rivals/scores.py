@@ -25,7 +25,8 @@ class Scores:
     saves, or a check that costs, leaves for the digits may lie there, and the offset settles the rest.
 
     Raises:
-        LowtideError: the artifact does not store the policy, or it is another one than channel-norm and ipn.
+        LowtideError: the artifact does not store the policy, it is another one than channel-norm and ipn, or it is ipn
+            with centroids.
     """
 
     def __init__(self, calibration: Calibration, policy: str, bits: float) -> None:
@@ -34,6 +35,8 @@ class Scores:
         artifact = calibration.artifact
         low, high = artifact.manifest.budgets[0], artifact.manifest.budgets[-1]
         if policy == IPN and artifact.manifest.ipn is not None:
+            if artifact.manifest.ipn["centroids"]:
+                raise LowtideError(f"policy {policy}: this artifact's has centroids, and rivals know one mean only")
             low, high = max(low, artifact.manifest.ipn["low"]), min(high, artifact.manifest.ipn["high"])
         params = policy_params(artifact, policy, min(max(bits, low), high))
         names = [name for name in artifact.groups if name != "embed"]

@@ -1,0 +1,136 @@
+"""The centroids of a group's inputs as engines use them: the input's middle, and what the weights make of it.
+
+A token whose input lies near centroid m needs only the product of what is left of it, `y = W m + W (x - m)`, and a
+smaller rest is read to lower levels for the same error. `W m` is known beforehand. A file stores the centroids alone;
+the products follow from them and the weights, with all slices read, and are made when an artifact is first opened for
+running. They lie in the user's cache, named by the digest of the manifest that they belong to, like the runtime image:
+losing them costs the time to make them again, never anything else.
+
+Products with quantised inputs, looked up: MADDNESS (arXiv 2106.10860). Only the rest multiplied: delta networks
+(arXiv 1612.05571), whose reference is the token before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowtide.errors import LowtideError
+from lowtide.format import layout
+from lowtide.format.groups import GroupTensors
+from lowtide.format.manifest import MANIFEST_NAME
+from lowtide.format.stamp import cache_folder
+
+F16 = NDArray[np.float16]
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Of one group.
+
+    Attributes:
+        mean: float16 [K, in], what takes the place of the group's mean.
+        bias: float16 [K, out] for every linear layer, what takes the place of its bias.
+    """
+
+    mean: F16
+    bias: list[F16]
+
+
+def means(group: GroupTensors) -> F16:
+    """float16 [K, in]: the group's mean and the centroids' differences from it."""
+    assert group.ipn is not None and group.ipn.centroids is not None and group.ipn.step is not None
+    offset = group.ipn.centroids.astype(np.float32) * group.ipn.step.astype(np.float32)
+    return (group.mean.astype(np.float32) + offset).astype(np.float16)
+
+
+def make(group: GroupTensors) -> Centroids:
+    """A group's centroids and the products with them, from its own tensors."""
+    mean = means(group)
+    apart = mean.astype(np.float32) - group.mean.astype(np.float32)
+    bias = []
+    for index, linear in enumerate(group.linears):
+        weight = group.dequantise(index, group.slices) + group.exact_part(index)
+        with np.errstate(over="ignore"):  # refused below
+            found = (apart @ weight.T + linear.bias.astype(np.float32)).astype(np.float16)
+        if not np.all(np.isfinite(found)):
+            raise LowtideError(f"{linear.name}: a product with one of the centroids leaves float16's range")
+        bias.append(found)
+    return Centroids(mean, bias)
+
+
+def load_centroids(folder: Path, groups: Mapping[str, GroupTensors]) -> dict[str, Centroids]:
+    """Those of an artifact in `folder`: out of the cache, or made and put there. Without a cache they are just made."""
+    wanted = {n: g for n, g in groups.items() if g.ipn is not None and g.ipn.centroids is not None}
+    if not wanted:
+        return {}
+    expected = _expected(wanted)
+    digest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    path = cache_folder() / "centroids" / f"{digest}.safetensors"
+    tensors = _read(path, expected)
+    if tensors is None:
+        made = {name: make(group) for name, group in wanted.items()}
+        tensors = {tensor: value for name, each in made.items() for tensor, value in _named(wanted[name], each).items()}
+        _write(path, tensors, expected)
+    return {
+        name: Centroids(tensors[f"{name}.mean"], [tensors[linear.name] for linear in group.linears])
+        for name, group in wanted.items()
+    }
+
+
+def _named(group: GroupTensors, made: Centroids) -> dict[str, F16]:
+    biases = {linear.name: bias for linear, bias in zip(group.linears, made.bias, strict=True)}
+    return {f"{group.name}.mean": made.mean} | biases
+
+
+def _expected(groups: Mapping[str, GroupTensors]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, group in groups.items():
+        assert group.ipn is not None and group.ipn.centroids is not None
+        count = len(group.ipn.centroids)
+        found[f"{name}.mean"] = ("F16", (count, group.in_features))
+        found |= {linear.name: ("F16", (count, linear.out_features)) for linear in group.linears}
+    return found
+
+
+def _read(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, F16] | None:
+    """The cached tensors, memory-mapped; None if there are none or they are not these."""
+    try:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        start, spans = layout.parse_header(data, str(path))
+    except (OSError, ValueError, LowtideError):
+        return None
+    if {name: (span.dtype, span.shape) for name, span in spans.items()} != expected:
+        return None
+    whole: NDArray[np.uint8] = np.frombuffer(data, np.uint8)
+    return {
+        name: whole[start + span.start : start + span.stop].view(layout.DTYPES["F16"]).reshape(span.shape)
+        for name, span in spans.items()
+    }
+
+
+def _write(path: Path, tensors: Mapping[str, NDArray[Any]], expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Under a temporary name until it is whole; where the cache cannot be written nothing is kept."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(layout.encode_header(layout.sequence(expected)))
+                for name in expected:
+                    file.write(np.ascontiguousarray(tensors[name]).data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
