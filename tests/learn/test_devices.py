@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lowtide.cli.app import app
 from lowtide.errors import LowtideError
-from lowtide.learn import devices, run_ipn
+from lowtide.learn import devices, first_network, run_ipn
 from lowtide.learn.devices import device_for
 from lowtide.learn.ipn_loss import Prices
 from lowtide.learn.ipn_train import IpnOptions
@@ -31,7 +31,7 @@ def elsewhere(monkeypatch):
         pytest.skip("this torch has no backends written in Python")
     with pretend() as device:
         monkeypatch.setattr(run_ipn, "device_for", lambda name, processes: device)
-        monkeypatch.setattr(run_ipn, "fit_probes", functools.partial(fit_probes, steps=20))
+        monkeypatch.setattr(first_network, "fit_probes", functools.partial(fit_probes, steps=20))
         yield device
 
 
@@ -40,7 +40,7 @@ def test_a_tensor_left_behind_is_refused(elsewhere):
         torch.zeros(3, device=elsewhere) + torch.ones(3)
 
 
-@pytest.mark.parametrize("change", [{}, {"rank": 2, "prices": Prices("l1", consistency=0.1)}])
+@pytest.mark.parametrize("change", [{}, {"centroids": 3}, {"rank": 2, "prices": Prices("l1", consistency=0.1)}])
 def test_joint_training_is_the_same_elsewhere(source, few_tokens, tmp_path, elsewhere, monkeypatch, change):
     options = dataclasses.replace(JOINT, **change)
     given = options, source / "artifact", source / "text", 400

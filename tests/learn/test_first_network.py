@@ -12,7 +12,7 @@ from support.twin import write_folder
 from lowtide.compress import compress
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import run_ipn
+from lowtide.learn import first_network
 from lowtide.learn.ipn_train import FEATURES
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("few_tokens")
 def test_training_goes_on_from_the_network_that_is_there(source, tmp_path, monkeypatch):
     args = source / "model", tmp_path / "first"
     learn_ipn(source / "artifact", *args, FAST, source / "text")
-    monkeypatch.setattr(run_ipn, "fit_probes", None)  # not asked for again
+    monkeypatch.setattr(first_network, "fit_probes", None)  # not asked for again
     idle = dataclasses.replace(FAST, steps=0)
     again = learn_ipn(tmp_path / "first", source / "model", tmp_path / "again", idle, source / "text")
     before, after = tensors(tmp_path / "first"), tensors(tmp_path / "again")
@@ -53,7 +53,7 @@ def test_features_are_those_of_the_network_that_is_there_or_a_few(source, tmp_pa
 
 def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, monkeypatch):
     learn_ipn(source / "artifact", source / "model", tmp_path / "first", FAST, source / "text")
-    monkeypatch.setattr(run_ipn, "fit_probes", None)  # not asked for
+    monkeypatch.setattr(first_network, "fit_probes", None)  # not asked for
     compress(source / "model", tmp_path / "low", calibration=source / "text", feedback="low")
     idle = dataclasses.replace(FAST, steps=0)
     given = tmp_path / "low", source / "model", tmp_path / "out", idle, source / "text"
@@ -73,11 +73,15 @@ def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, 
 
 def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
     given = source / "artifact", source / "model", tmp_path / "out", FAST, source / "text"
-    with pytest.raises(LowtideError, match="artifact: has no importance prediction network; wanted is one with 4$"):
+    with pytest.raises(
+        LowtideError, match="artifact: has no importance prediction network; wanted is one with 4 and 0$"
+    ):
         learn_ipn(*given, network=source / "artifact")
     wide = dataclasses.replace(FAST, steps=0, features=5)
     learn_ipn(source / "artifact", source / "model", tmp_path / "wide", wide, source / "text")
-    with pytest.raises(LowtideError, match="wide: its network has 5 features; wanted is one with 4"):
+    with pytest.raises(
+        LowtideError, match="wide: its network has 5 features and 0 centroids; wanted is one with 4 and 0"
+    ):
         learn_ipn(*given, network=tmp_path / "wide")
     values = {n: small.source.tensor(n).numpy() * 1.1 for n in small.source.names()}
     write_folder(type(small.source)(small.source.config, values, small.source.tokenizer_files()), tmp_path / "other")

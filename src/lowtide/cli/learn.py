@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowtide.cli.options import (
+    Centroids,
     CheckEvery,
     Consistency,
     Device,
@@ -105,6 +106,7 @@ def ipn(
     features: Annotated[
         int | None, typer.Option(help="Features of each probe. [default: those of the network it begins with, or 4]")
     ] = None,
+    centroids: Centroids = None,
     parts: Annotated[str, typer.Option(help="What learns.")] = "importance,theta,offset",
     sparsity_loss: Annotated[
         str, typer.Option(help="hinge (on bits above the budget) or l1 (open masks' mean).")
@@ -139,6 +141,7 @@ def ipn(
         bits=_budgets(bits),
         windows=windows,
         features=features,
+        centroids=centroids,
         parts=tuple(p.strip() for p in parts.split(",")),
         head=head,
         prices=Prices(sparsity_loss, l1=l1, consistency=consistency),
@@ -170,6 +173,7 @@ def joint(
         float | None, typer.Option(help="Adam's rate for weights, relative to their size. [default: by the width]")
     ] = None,
     rank: Annotated[int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights.")] = 0,
+    centroids: Centroids = None,
     head: LossHead = "once",
     consistency: Consistency = 0.0,
     network: Network = None,
@@ -205,6 +209,7 @@ def joint(
         windows=windows,
         weight_rate=weight_rate,
         rank=rank,
+        centroids=centroids,
         head=head,
         prices=Prices(consistency=consistency),
         check_every=check_every,

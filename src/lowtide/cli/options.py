@@ -71,6 +71,13 @@ Network: TypeAlias = Annotated[
 LossHead: TypeAlias = Annotated[
     str, typer.Option(help="What the output head is read at, which runs should do, too: once (the budget) or full.")
 ]
+Centroids: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="Clusters of every group's inputs, whose middles' products are kept; 0 for none. [default: those of the "
+        "network it begins with, or 64]"
+    ),
+]
 CheckEvery: TypeAlias = Annotated[
     int, typer.Option(help="Steps between looks at held-out text, each followed by a checkpoint.")
 ]

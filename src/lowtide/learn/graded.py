@@ -31,6 +31,7 @@ from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
 from lowtide.learn.always import Always
+from lowtide.learn.clusters import Clusters
 from lowtide.learn.digits import Code
 from lowtide.learn.shards import whole
 from lowtide.learn.slices import Slices, chunks
@@ -44,9 +45,11 @@ class Masks(Protocol):
 
     tau: float
     """Temperature of the masks' gradient, log2 units."""
+    code: torch.Tensor | None
+    """The cluster of every token at the last group that was seen, i64 [T]; None where there are no clusters."""
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        """A normed residual stream f32 [T, in] passes by, at the input of group `name`."""
+        """A normed residual stream f32 [T, in] passes by, at the input of group `name` (qkv, gate_up or the head)."""
         ...
 
     def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +62,7 @@ class Masks(Protocol):
 class GradedGroup:
     """One group: what slices add, and what is always read.
 
+    clusters: of its inputs, if it has any: then a token's mean and bias are those of its cluster;
     slices: what they add, D_k / (r_i c_j), which depends on the digits only;
     rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
     bias: f32 [out]; mean: f32 [in]; side_bits: read whatever the mask.
@@ -76,6 +80,7 @@ class GradedGroup:
     mean: torch.Tensor
     side_bits: int
     learned: nn.ParameterDict | None = None
+    clusters: Clusters | None = None
     thin = False
     """Whether digits must be made from the parameters at every use."""
 
@@ -93,6 +98,10 @@ class GradedGroup:
     def bias(self) -> torch.Tensor:
         """f32 [out], the learned one under training."""
         return self.stored_bias if self.learned is None else self.learned["bias"]
+
+    def middle(self, code: torch.Tensor | None) -> torch.Tensor:
+        """What is taken off the input: the mean f32 [in], or that of each token's cluster, i64 [T]: f32 [T, in]."""
+        return self.mean if self.clusters is None or code is None else self.clusters.mean[code]
 
     def parameters(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Weight, log_rows and log_cols; None each, if they are not under training."""
@@ -322,10 +331,30 @@ class GradedModel:
     def product(self, name: str, x: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
         """One group: x f32 [T, in] -> (y f32 [T, out], bits read through slices f32 [T])."""
         group = self.groups[name]
-        a = x - group.mean  # 0 for exact channels, which so are read as they are
+        a = x - group.middle(masks.code)  # 0 for exact channels, which so are read as they are
         score, theta = masks.scores(name, a)
         y, count = _Product.apply(a, score, theta, *group.parameters(), group, masks.tau)
-        return y + group.bias, 2.0 * group.out * count
+        return y + _bias(group, masks.code, theta), 2.0 * group.out * count
+
+    def take_clusters(self, clusters: Mapping[str, Clusters]) -> None:
+        """Let tokens go by the clusters of their inputs, by group."""
+        for name, found in clusters.items():
+            self.groups[name].clusters = found
+
+
+def _bias(group: GradedGroup, code: torch.Tensor | None, theta: torch.Tensor) -> torch.Tensor:
+    """f32 [out], or of each token's cluster [T, out]. Under training it follows the weights: what all slices make of
+    the clusters' middles."""
+    known = group.clusters
+    if known is None or code is None:
+        return group.bias
+    if group.learned is None:
+        return known.bias[code]
+    apart = known.mean - group.mean
+    y, _ = _Product.apply(
+        apart, torch.ones_like(apart), torch.zeros_like(theta), *group.parameters(), group, 1.0
+    )  # every score is above every threshold
+    return (y + group.bias)[code]
 
 
 def check_model(artifact: Artifact, dense: DenseModel) -> None:

@@ -43,10 +43,14 @@ class _HeadKL(torch.autograd.Function):
     ) -> Any:
         grad, total = torch.empty_like(ours), ours.new_zeros((), dtype=torch.float64)
         at_once = TOKENS if ours.device.type == "cpu" else TOKENS_ELSEWHERE
-        score, theta = masks.scores("head", ours - head.mean)
+        masks.see("head", ours)
+        a = ours - head.middle(masks.code)
+        score, theta = masks.scores("head", a)
+        known = head.clusters if masks.code is not None else None
         for start in range(0, len(ours), at_once):
             part = slice(start, start + at_once)
-            product = _Masked(head, ours[part], score[part], theta)
+            bias = head.bias if known is None or masks.code is None else known.bias[masks.code[part]]
+            product = _Masked(head, a[part], score[part], theta, bias)
             wanted = F.linear(theirs[part].to(product_type()), dense_head).float()
             given = product.forward()
             p, q = wanted.softmax(-1), given.softmax(-1)
@@ -62,17 +66,20 @@ class _HeadKL(torch.autograd.Function):
 
 
 class _Masked:
-    """The head's product for a few tokens x f32 [T, D], with scores f32 [T, D] and thresholds f32 [S], log2."""
+    """The head's product for a few tokens: centred inputs a and scores f32 [T, D], thresholds f32 [S] in log2, and a
+    bias f32 [V] or [T, V]."""
 
-    def __init__(self, head: GradedGroup, x: torch.Tensor, score: torch.Tensor, theta: torch.Tensor) -> None:
-        self._head, self._a, self._score, self._cuts = head, x - head.mean, score, theta.unbind()
+    def __init__(
+        self, head: GradedGroup, a: torch.Tensor, score: torch.Tensor, theta: torch.Tensor, bias: torch.Tensor
+    ) -> None:
+        self._head, self._a, self._score, self._cuts, self._bias = head, a, score, theta.unbind(), bias
 
     def forward(self) -> torch.Tensor:
         """Logits f32 [T, V]."""
         y, _ = self._head.slices.read(self._a, self._head.cols, self._score, self._cuts)
         y.mul_(self._head.rows)
         self._head.always.add(y, self._a)
-        return y.add_(self._head.bias)
+        return y.add_(self._bias)
 
     def backward(self, g: torch.Tensor) -> torch.Tensor:
         """What the logits' gradient f32 [T, V] says of x, f32 [T, D]."""

@@ -27,6 +27,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from lowtide.learn.clusters import Clusters, Keys
 from lowtide.learn.graded import FEATURE_GROUPS
 
 LIMIT = 4.0
@@ -109,6 +110,13 @@ class Ipn(nn.Module):
                     learn(name, "bias", v.new_zeros(self.features))
         self.table = nn.ParameterDict(table)
         self.level = nn.Parameter(v.new_zeros(2), requires_grad=False)
+        self.clusters: dict[str, Clusters] = {}
+        self.keys: dict[str, Keys] = {}
+
+    def take_clusters(self, clusters: Mapping[str, Clusters]) -> None:
+        """Clusters of every group's inputs: `mean` above is that of a token's cluster. They do not learn."""
+        self.clusters = dict(clusters)
+        self.keys = {name: found.keys for name, found in clusters.items() if found.keys is not None}
 
     def get(self, name: str, what: str) -> nn.Parameter | None:
         """A group's parameter, None if it does not learn that."""
@@ -183,9 +191,11 @@ class Ipn(nn.Module):
 
     def side_bits(self, name: str) -> int:
         """Bits of the network that a token reads for a group, its importance (in the place of the fixed one) apart."""
+        keys = self.keys.get(name)
+        own = 0 if keys is None else 8 * keys.weight.numel() + 64 * len(keys.bias) + 32 * len(keys.channels)
         if not self.features or name == "head":
-            return 0
-        own = 32 * (self.features + 1) + 32
+            return own
+        own += 32 * (self.features + 1) + 32
         probe = self.get(name, "probe")
         return own + (0 if probe is None else 8 * probe.numel() + 64 * self.features)
 
@@ -215,11 +225,15 @@ class At:
         self.offsets: dict[str, torch.Tensor] = {}
         self.margins: dict[str, torch.Tensor] = {}
         self._features: dict[str, torch.Tensor] = {}
+        self.code: torch.Tensor | None = None
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        """Features of the residual stream. Scores do not pass gradients to what they are computed from: a weight
-        should not move to please a mask."""
-        if self.ipn.features:
+        """Features of the residual stream, and its cluster. Scores do not pass gradients to what they are computed
+        from: a weight should not move to please a mask."""
+        keys = self.ipn.keys.get(name)
+        if keys is not None:
+            self.code = keys.code(x.detach())
+        if self.ipn.features and name != "head":
             self._features = {_kind(name): self.ipn.feature_values(name, x.detach())}
 
     def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,6 +63,8 @@ def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
             }
         if mix is not None:
             fields["mix"] = mix.detach().cpu().numpy().copy()
+        if name in ipn.clusters:
+            fields |= ipn.clusters[name].stored
         found[name] = IpnTensors(importance=importance.cpu().numpy(), **fields)
     return found
 
@@ -108,7 +110,7 @@ def thresholds(
     reads: dict[float, float] = {}
     for done, index in enumerate(used):
         bits, near = ipn.grid[index], shifts[used[done - 1]] if done else 0.0
-        shifts[index], reads[bits] = _shift_for(model, ipn, ids, bits, near)
+        shifts[index], reads[bits] = shift_for(model, ipn, ids, bits, near)
         report(done + 1, len(used))
     found = {}
     for name in ipn.start:
@@ -130,7 +132,7 @@ def _trained_budgets(ipn: Ipn) -> list[int]:
     return list(range(min(first, last), min(final, last) + 1))
 
 
-def _shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shift: float) -> tuple[float, float]:
+def shift_for(model: GradedModel, ipn: Ipn, ids: torch.Tensor, bits: float, shift: float) -> tuple[float, float]:
     """(shift, bits that it reads): a pass measures, its margins say how far to go on, until one is near enough."""
     tried = []
     for _ in range(ROUNDS):

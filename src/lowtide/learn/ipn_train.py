@@ -20,6 +20,7 @@ from torch import nn
 
 from lowtide.compress.products import product_type
 from lowtide.errors import LowtideError
+from lowtide.format.manifest_fields import MAX_CENTROIDS
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
@@ -39,6 +40,9 @@ KEPT_BYTES = 1 << 30
 FEATURES = 4
 """Of each probe: every token reads the probes, and from 3 bits on more features save less than their bytes do
 elsewhere (docs/dynamic.md)."""
+CENTROIDS = 64
+"""Clusters of every group's inputs: a compromise between what they save and what they take in the file
+(docs/dynamic.md)."""
 HEADS = ("once", "full")
 """What the loss reads the output head at: the budget, or in full."""
 SCALE_RATE = 0.5
@@ -68,6 +72,8 @@ class IpnOptions:
         tau: temperature of the masks' gradient, log2 units. prices: the loss's terms.
         average: decay, for each step, of the average of parameters that is kept (`ipn_progress.Run.follow`).
         features: H of each probe; None: as many as the network has that training begins with, or FEATURES.
+        centroids: clusters of every group's inputs, 0 for none; None: as many as the network has that training begins
+            with, or CENTROIDS.
         parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
     """
@@ -85,6 +91,7 @@ class IpnOptions:
     prices: Prices = field(default_factory=Prices)
     average: float = 0.95
     features: int | None = None
+    centroids: int | None = None
     parts: tuple[str, ...] = Ipn.PARTS
     check_every: int = 25
     seed: int = 0
@@ -99,6 +106,8 @@ class IpnOptions:
             raise LowtideError(f"--steps {self.steps}, --windows {self.windows}: must be 0 and 1 or more")
         if self.features is not None and not 1 <= self.features <= 64:
             raise LowtideError(f"--features {self.features}: must be 1 to 64")
+        if self.centroids is not None and not 0 <= self.centroids <= MAX_CENTROIDS:
+            raise LowtideError(f"--centroids {self.centroids}: must be 0 (none) to {MAX_CENTROIDS}")
         if not 0 <= self.focus <= 1:
             raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")
         if self.weight_rate is not None and not 0 <= self.weight_rate < 1:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lowtide.compress import compress, products
@@ -24,21 +23,19 @@ from lowtide.errors import LowtideError
 from lowtide.format.ipn import attach
 from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
+from lowtide.learn import first_network
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
 from lowtide.learn.devices import device_for, name_of
-from lowtide.learn.graded import GradedModel, budget_tables, check_model
-from lowtide.learn.ipn import Ipn
+from lowtide.learn.graded import GradedModel, check_model
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
-from lowtide.learn.ipn_train import DIVERGED, FEATURES, IpnOptions, Learner, Report
+from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
 from lowtide.learn.parallel import Parallel, join
-from lowtide.learn.sensitivity import fit_probes, probe_tokens, sensitivities
-from lowtide.learn.shards import is_sharded
 from lowtide.learn.training_text import file_windows, sampled_shape, sampled_windows
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 """How torch and CUDA's libraries say so where the error's type does not."""
-TRAINER = 2
+TRAINER = 3
 """Raised when a run must not go on from a checkpoint of an older version of the training."""
 
 
@@ -163,11 +160,10 @@ def _learn(
     _check_out(out, force)
     joint = bool(options.weight_rate)
     check_model(artifact, dense)
-    options = _with_features(options, artifact if network is None else open_artifact(network))
-    first = artifact if network is None else _network_of(network, artifact, options)
-    goes_on = _goes_on(first, options)
-    grid, tables = budget_tables(first, "ipn" if goes_on else "channel-norm")
-    _check(options, tokens, grid)
+    options = first_network.settled(options, artifact if network is None else open_artifact(network))
+    first = artifact if network is None else first_network.network_of(network, artifact, options)
+    goes_on = first_network.goes_on(first, options)
+    _check(options, tokens, first.manifest.budgets)
     try:
         products.choose(dense.device)
         work = out.with_name(out.name + ".partial")
@@ -184,13 +180,18 @@ def _learn(
         if ids is None:
             ids = sampled_windows(team, dense, shape, options.seed, work, report)
         graded = _model(team, artifact, dense, joint, options)
-        ipn = _network(artifact, grid, tables, options, dense.device)
+        ipn = first_network.network(artifact, first, options, dense.device)
+        clusters = first_network.clusters_for(team, artifact, first, graded, ids, options, work, report)
+        graded.take_clusters(clusters)
+        ipn.take_clusters(clusters)
         if goes_on:
             take_stored(ipn, first)
         for name, group in graded.groups.items():
             group.side_bits += ipn.side_bits(name)
         learner = Learner(graded, ipn, ids, options, team)
-        ratio = None if goes_on else _start(learner, work, report)
+        if clusters and not goes_on:
+            first_network.set_level(graded, ipn, ids)
+        ratio = None if goes_on else first_network.start(learner, work, report)
         run = _train(learner, work, key, report)
         figures = {}
         if team.main or team.mesh is not None:
@@ -237,40 +238,6 @@ def _out_of_memory(error: MemoryError | RuntimeError, device: torch.device) -> E
     return LowtideError(f"out of memory ({reason}): {knobs}")
 
 
-def _with_features(options: IpnOptions, first: Artifact) -> IpnOptions:
-    """The number of features settled: by default that of the network that training begins with."""
-    if options.features is not None:
-        return options
-    has = first.manifest.ipn
-    return dataclasses.replace(options, features=FEATURES if has is None else has["features"])
-
-
-def _goes_on(artifact: Artifact, options: IpnOptions) -> bool:
-    """Whether training begins with the network that the artifact has: if it is of the size asked for."""
-    has = artifact.manifest.ipn
-    return has is not None and has["features"] == options.features and set(options.parts) == set(Ipn.PARTS)
-
-
-def _network_of(network: str | Path, artifact: Artifact, options: IpnOptions) -> Artifact:
-    """The artifact that `network` names, whose network must fit."""
-    found = open_artifact(network)
-    if found.manifest.model_id != artifact.manifest.model_id:
-        raise LowtideError(f"{network}: its network is of another model than the artifact")
-    alike = found.manifest.slices == artifact.manifest.slices and found.manifest.budgets == artifact.manifest.budgets
-    if not alike or any(
-        not np.array_equal(group.exact_channels, artifact.groups[name].exact_channels)
-        for name, group in found.groups.items()
-    ):
-        raise LowtideError(f"{network}: its network is for other budgets or exact channels: calibrate both alike")
-    if set(options.parts) != set(Ipn.PARTS):
-        raise LowtideError(f"--parts {','.join(options.parts)}: all of them learn where --network is given")
-    if not _goes_on(found, options):
-        has = found.manifest.ipn
-        what = "has no importance prediction network" if has is None else f"its network has {has['features']} features"
-        raise LowtideError(f"{network}: {what}; wanted is one with {options.features}")
-    return found
-
-
 def _check_out(out: Path, force: bool) -> None:
     if (out.exists() or out.is_symlink()) and not force:
         raise LowtideError(f"{out}: exists already; choose another folder or give --force")
@@ -282,39 +249,6 @@ def _model(team: Parallel, artifact: Artifact, dense: DenseModel, joint: bool, o
     from lowtide.learn.sharded import ShardedModel
 
     return ShardedModel(artifact, dense, team.mesh, team.free)
-
-
-def _network(artifact: Artifact, grid: list[float], tables: Any, options: IpnOptions, device: torch.device) -> Ipn:
-    importance = {
-        name: torch.from_numpy(group.importance.astype(np.float32)).to(device)
-        for name, group in artifact.groups.items()
-        if name != "embed"
-    }
-    tables = {name: table.to(device) for name, table in tables.items()}
-    assert options.features is not None
-    return Ipn(importance, grid, tables, options.features, options.seed, options.parts, *options.bits)
-
-
-def _start(learner: Learner, work: Path, report: Report) -> float | None:
-    """Fit the probes to sensitivities, unless a checkpoint is going to replace them; mean ratio of held-out cost."""
-    if (work / progress.NAME).exists():
-        return None
-    ratio = _fit(learner, report) if learner.parallel.main else None
-    with torch.no_grad():
-        for p in learner.parameters().values():
-            if not is_sharded(p):
-                p.copy_(learner.parallel.first(p))
-    return ratio
-
-
-def _fit(learner: Learner, report: Report) -> float:
-    train = learner.ids[: len(learner.ids) - learner.held]
-    count = max(1, probe_tokens(learner.model.dense) // train.shape[1])
-    seen = sensitivities(
-        learner.model, train[:count], learner.options.seed, lambda done, total: report("probe", done, total)
-    )
-    ratios = fit_probes(learner.ipn, seen, seed=learner.options.seed)
-    return sum(ratios.values()) / len(ratios)
 
 
 def _train(learner: Learner, work: Path, key: str, report: Report) -> progress.Run:
@@ -380,7 +314,15 @@ def _finish(
         write_weights(artifact, graded, base, {}, main)
     if not main:
         return {}
-    info: IpnInfo = {"features": ipn.features, "low": o.bits[0], "high": o.bits[1]}
+    keys = ipn.keys.get("head")
+    centroids, channels = (0, 0) if keys is None else keys.weight.shape
+    info: IpnInfo = {
+        "features": ipn.features,
+        "low": o.bits[0],
+        "high": o.bits[1],
+        "centroids": centroids,
+        "key_channels": channels,
+    }
     attach(base, out, stored, tables, info, force, {"learned": learned})
     return {
         "out": str(out),
