@@ -19,11 +19,14 @@ import torch
 from dynamic_common import Row, Subject, budgets
 
 from lowtide.compress.products import product_type
+from lowtide.learn.cluster_fit import fit_clusters
+from lowtide.learn.clusters import Clusters
+from lowtide.learn.first_network import set_level
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_loss import Prices
-from lowtide.learn.ipn_train import FEATURES, IpnOptions, Learner
+from lowtide.learn.ipn_train import CENTROIDS, FEATURES, IpnOptions, Learner
 from lowtide.learn.sensitivity import fit_probes, sensitivities
 
 NAME = "ablation"
@@ -31,6 +34,7 @@ COLUMNS = ("rule", "bits", "read", "KL", "overlap", "hits")
 ALL = Ipn.PARTS
 CHUNKS = (2, 4, 8)
 OTHER_FEATURES = (2, 8, 16)
+OTHER_CENTROIDS = (16, 256)
 DRIFTS = (0.9, 0.8, 0.6)
 
 
@@ -50,17 +54,22 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def variants(steps: int, windows: int, seed: int) -> dict[str, IpnOptions]:
     """Name of every trained variant and how it is trained."""
-    base = IpnOptions(steps=steps, windows=windows, seed=seed, features=FEATURES)
+    full = IpnOptions(steps=steps, windows=windows, seed=seed, features=FEATURES, centroids=CENTROIDS)
+    base = replace(full, centroids=0)
     start = replace(base, parts=("offset",), steps=0)
+    middles = replace(full, parts=("theta",), steps=0)
     return {
         "theta learned": replace(base, parts=("theta",)),
         "importance learned": replace(base, parts=("importance",)),
         "offset, start only": start,
         **{f"offset, start only, {n} features": replace(start, features=n) for n in OTHER_FEATURES},
         "offset learned": replace(base, parts=("offset",)),
-        "all (ipn)": base,
-        "all, l1 for hinge": replace(base, prices=Prices("l1", l1=3.0)),
-        "all, consistency": replace(base, prices=Prices(consistency=3.0)),
+        "centroids, nothing learned": middles,
+        **{f"{n} centroids, nothing learned": replace(middles, centroids=n) for n in OTHER_CENTROIDS},
+        "all but centroids": base,
+        "all (ipn)": full,
+        "all, l1 for hinge": replace(full, prices=Prices("l1", l1=3.0)),
+        "all, consistency": replace(full, prices=Prices(consistency=3.0)),
     }
 
 
@@ -119,6 +128,16 @@ class Bench:
     def __post_init__(self) -> None:
         self.head = self.subject.dense.head_weight.to(product_type())
         self.theirs = [self.subject.dense.hidden(row[None]) for row in self.subject.ids]
+        self._clusters: dict[int, dict[str, Clusters]] = {0: {}}
+
+    def take_clusters(self, ipn: Ipn, count: int) -> None:
+        """Model and network go by so many clusters, found on the calibration text."""
+        if count not in self._clusters:
+            subject, device = self.subject, self.model.device
+            found = fit_clusters(subject.artifact, subject.dense, subject.calibration, count)
+            self._clusters[count] = {n: Clusters.of(subject.artifact.groups[n], t, device) for n, t in found.items()}
+        self.model.take_clusters(self._clusters[count])
+        ipn.take_clusters(self._clusters[count])
 
     @torch.no_grad()
     def measure(self, ipn: Ipn, bits: float, make: Callable[..., At] = At) -> tuple[float, float, list[At]]:
@@ -168,9 +187,10 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
     seen = None
     wanted = variants(options.ablation_steps, options.ablation_windows, options.seed)
     if options.quick:
-        wanted = {name: o for name, o in wanted.items() if not name.endswith("features")}
+        others = ("features", *(f"{n} centroids, nothing learned" for n in OTHER_CENTROIDS))
+        wanted = {name: o for name, o in wanted.items() if not name.endswith(others)}
     for name, o in [
-        ("untrained (channel-norm)", IpnOptions(steps=0, parts=("theta",), features=FEATURES)),
+        ("untrained (channel-norm)", IpnOptions(steps=0, parts=("theta",), features=FEATURES, centroids=0)),
         *wanted.items(),
     ]:
 
@@ -178,9 +198,13 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
             nonlocal seen
             common.note(f"ablation: {name}")
             ipn = network(o)
+            assert o.centroids is not None
+            bench.take_clusters(ipn, o.centroids)
             for group, bits in side.items():
                 bench.model.groups[group].side_bits = bits + ipn.side_bits(group)
             learner = Learner(bench.model, ipn, subject.calibration, o)
+            if o.centroids:
+                set_level(bench.model, ipn, subject.calibration)
             if ipn.features:
                 seen = seen or sensitivities(bench.model, subject.calibration[: -learner.held], o.seed)
                 fit_probes(ipn, seen, seed=o.seed)

@@ -40,27 +40,46 @@ static void probe(const lt_group &g, const float *x, float *features) {
   for (; k < g.ipn_features; ++k) probe_rows<1>(g, x, k, features);
 }
 
-// kRows keys from the first one on; the best so far, of those before as well, is number `found` with score `best`.
-template <int kRows>
-static inline void match_keys(const lt_group &g, const float *picked, int64_t first, float &best, int64_t &found) {
-  f32x16 acc[kRows];
-  probe_sums(g.ipn_keys + first * g.ipn_key_channels, picked, g.ipn_key_channels, acc);
-  for (int k = 0; k < kRows; ++k) {
-    const float value = sum_lanes(acc[k]) * g.ipn_key_scale[first + k] + g.ipn_key_bias[first + k];
-    if (!(value > best)) continue;
-    best = value;
-    found = first + k;
+// How well keys fit, from the first one on: kVectors times sixteen, or with `part` the n that are left of sixteen. The
+// channels' parts are added one after the other, every key in a lane of its own: nothing is to be summed over lanes.
+template <int kVectors, bool kPart>
+static inline void fits(const lt_group &g, const float *picked, int64_t first, int64_t n, float *fit) {
+  f32x16 acc[kVectors];
+  for (auto &a : acc) a = f32x16{};
+  const int8_t *row = g.ipn_keys + first;
+  for (int64_t c = 0; c < g.ipn_key_channels; ++c, row += g.ipn_centroids) {
+    const f32x16 v = splat(picked[c]);
+    for (int k = 0; k < kVectors; ++k)
+      acc[k] = acc[k] + (kPart ? load_bytes_part(row, n) : load_bytes(row + k * 16)) * v;
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    const int64_t at = first + k * 16, left = kPart ? n : 16;
+    store(fit + k * 16, acc[k] * load_part(g.ipn_key_scale + at, left) + load_part(g.ipn_key_bias + at, left));
   }
 }
 
 // The first of the largest; what is not a number counts as the smallest.
 static int64_t code(const lt_group &g, const float *x) {
-  alignas(64) float picked[LT_MAX_KEY_CHANNELS];
+  alignas(64) float picked[LT_MAX_KEY_CHANNELS], fit[64];
   for (int64_t c = 0; c < g.ipn_key_channels; ++c) picked[c] = x[g.ipn_channels[c]];
   float best = -INFINITY;
-  int64_t found = 0, k = 0;
-  for (; k + 4 <= g.ipn_centroids; k += 4) match_keys<4>(g, picked, k, best, found);
-  for (; k < g.ipn_centroids; ++k) match_keys<1>(g, picked, k, best, found);
+  int64_t found = 0;
+  for (int64_t k = 0, n = 0; k < g.ipn_centroids; k += n) {
+    const int64_t left = g.ipn_centroids - k;
+    n = left >= 64 ? 64 : left >= 16 ? 16 : left;
+    if (n == 64) {
+      fits<4, false>(g, picked, k, n, fit);
+    } else if (n == 16) {
+      fits<1, false>(g, picked, k, n, fit);
+    } else {
+      fits<1, true>(g, picked, k, n, fit);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (!(fit[i] > best)) continue;
+      best = fit[i];
+      found = k + i;
+    }
+  }
   return found;
 }
 

@@ -58,7 +58,7 @@ typedef struct {
   int64_t ipn_key_channels;      /* C, a multiple of 16, at most LT_MAX_KEY_CHANNELS */
   const uint16_t *ipn_mean;      /* f16 [K, in] */
   const int32_t *ipn_channels;   /* [C], null but for qkv, gate_up and head, as are the next three */
-  const int8_t *ipn_keys;        /* [K, C] */
+  const int8_t *ipn_keys;        /* [C, K] */
   const float *ipn_key_scale;    /* [K] */
   const float *ipn_key_bias;     /* [K] */
   lt_linear linear[3];

@@ -68,8 +68,8 @@ def test_keys_tell_clusters_apart_in_eight_bits():
     x, labels = blobs(6, 32)
     x = x * torch.logspace(-1, 0.5, 32) + 7
     stored = cluster_fit._keys(x, labels, 6, torch.Generator().manual_seed(3))
-    assert stored["keys"].dtype == np.int8 and abs(stored["keys"]).max(1).tolist() == [127] * 6
-    weight = torch.from_numpy(stored["keys"] * stored["key_scale"][:, None])
+    assert stored["keys"].dtype == np.int8 and abs(stored["keys"]).max(0).tolist() == [127] * 6
+    weight = torch.from_numpy(stored["keys"].T * stored["key_scale"][:, None])
     code = Keys(torch.arange(32), weight, torch.from_numpy(stored["key_bias"])).code(x)
     assert float((code == labels).float().mean()) > 0.98
 

@@ -114,14 +114,14 @@ def test_the_code_is_the_first_of_the_keys_that_fit_best(case):
     torch = pytest.importorskip("torch")
     first, second, x, _ = case
     rng, channels = np.random.default_rng(1), np.arange(1, 33)
-    keys = rng.integers(-127, 128, (9, 32)).astype(np.float32)
-    keys[5] = keys[2]  # never the first
+    keys = rng.integers(-127, 128, (32, 9)).astype(np.float32)
+    keys[:, 5] = keys[:, 2]  # never the first
     scale, bias = f32(rng.uniform(0.5, 1.5, 9)), f32(rng.normal(0, 60, 9))
     scale[5], bias[5] = scale[2], bias[2]
     ipn = dataclasses.replace(first.ipn, channels=channels, keys=keys, key_scale=scale, key_bias=bias)
     stats = dataclasses.replace(first, ipn=ipn)
     code = RULE.code(stats, x)
-    fit = x[:, channels].astype(float) @ keys.T.astype(float) * scale + bias
+    fit = x[:, channels].astype(float) @ keys.astype(float) * scale + bias
     np.testing.assert_array_equal(code, fit.argmax(1))
     assert code.dtype == np.int64 and len(set(code.tolist())) > 4 and 2 in code and 5 not in code
     np.testing.assert_array_equal(RULE.code(stats.map(torch.from_numpy), torch.from_numpy(x)).numpy(), code)

@@ -219,7 +219,7 @@ def _add_centroids(
     if "ipn_keys" in shapes:
         size = shapes["ipn_channels"][0]
         made.channels = np.sort(rng.choice(inputs, size, replace=False)).astype(np.int32)
-        made.keys = rng.integers(-127, 128, (count, size)).astype(np.int8)
+        made.keys = rng.integers(-127, 128, (size, count)).astype(np.int8)
         made.key_scale = (rng.uniform(0.8, 1.2, count) / 73).astype(np.float32)
         made.key_bias = rng.normal(0, 0.3, count).astype(np.float32)
 

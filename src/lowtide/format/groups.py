@@ -108,8 +108,8 @@ class IpnTensors:
         step: float16 [in], at least 0; 0 for exact channels.
         channels: int32 [C], ascending, the input channels that tell clusters apart; `qkv`, `gate_up` and `head` only,
             like all that follows. C is a multiple of 16.
-        keys: int8 [K, C]; key_scale, key_bias: float32 [K]. A token is of the cluster k with the largest
-            `key_scale_k sum_c keys_kc x_c + key_bias_k`; `o` and `down` go by the cluster of `qkv` and `gate_up`.
+        keys: int8 [C, K]; key_scale, key_bias: float32 [K]. A token is of the cluster k with the largest
+            `key_scale_k sum_c keys_ck x_c + key_bias_k`; `o` and `down` go by the cluster of `qkv` and `gate_up`.
     """
 
     importance: F16
@@ -149,7 +149,7 @@ def ipn_shapes(
     if centroids and group != "embed":
         shapes |= {"ipn_centroids": (centroids, inputs), "ipn_step": (inputs,)}
         if group.rpartition(".")[2] in ("qkv", "gate_up", "head"):
-            shapes |= {"ipn_channels": (channels,), "ipn_keys": (centroids, channels)}
+            shapes |= {"ipn_channels": (channels,), "ipn_keys": (channels, centroids)}
             shapes |= {"ipn_key_scale": (centroids,), "ipn_key_bias": (centroids,)}
     return shapes
 

@@ -135,7 +135,7 @@ def _fit(
     channels = _telling(x, centre)
     keys = _keys(x[:, channels], labels, count, generator)
     keys["channels"] = channels.to(torch.int32).cpu().numpy()
-    weight = torch.from_numpy(keys["keys"].astype(np.float32) * keys["key_scale"][:, None]).to(x.device)
+    weight = torch.from_numpy(keys["keys"].T.astype(np.float32) * keys["key_scale"][:, None]).to(x.device)
     code = Keys(channels, weight, torch.from_numpy(keys["key_bias"]).to(x.device)).code(x)
     found = {}
     for name, seen in inputs.items():
@@ -190,7 +190,7 @@ def _keys(x: torch.Tensor, labels: torch.Tensor, count: int, generator: torch.Ge
     scale = (slope.abs().amax(1) / 127).clamp_min(1e-12)
     digits = (slope / scale[:, None]).round()
     shift = bias.detach() - (digits * scale[:, None]) @ middle
-    stored = {"keys": digits.to(torch.int8), "key_scale": scale, "key_bias": shift}
+    stored = {"keys": digits.T.contiguous().to(torch.int8), "key_scale": scale, "key_bias": shift}
     return {name: value.cpu().numpy() for name, value in stored.items()}
 
 

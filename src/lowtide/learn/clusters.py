@@ -57,7 +57,7 @@ class Clusters:
         made = centroids.make(dataclasses.replace(group, ipn=ipn))
         keys = None
         if "keys" in stored:
-            weight = stored["keys"].astype(np.float32) * stored["key_scale"][:, None]
+            weight = stored["keys"].T.astype(np.float32) * stored["key_scale"][:, None]
             parts = (stored["channels"].astype(np.int64), weight, stored["key_bias"])
             keys = Keys(*(torch.from_numpy(np.array(part)).to(device) for part in parts))
         bias = np.concatenate(made.bias, 1).astype(np.float32)

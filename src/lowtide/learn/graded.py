@@ -337,9 +337,9 @@ class GradedModel:
         return y + _bias(group, masks.code, theta), 2.0 * group.out * count
 
     def take_clusters(self, clusters: Mapping[str, Clusters]) -> None:
-        """Let tokens go by the clusters of their inputs, by group."""
-        for name, found in clusters.items():
-            self.groups[name].clusters = found
+        """Let tokens go by the clusters of their inputs, by group; by none where a group has none."""
+        for name, group in self.groups.items():
+            group.clusters = clusters.get(name)
 
 
 def _bias(group: GradedGroup, code: torch.Tensor | None, theta: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class IpnStats:
         probe: f32 [H, in], whole numbers.
         scale, bias: f32 [H].
         channels: i64 [C], the channels that keys look at.
-        keys: f32 [K, C], whole numbers; key_scale, key_bias: f32 [K].
+        keys: f32 [C, K], whole numbers; key_scale, key_bias: f32 [K].
     """
 
     importance: Array

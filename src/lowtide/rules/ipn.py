@@ -54,9 +54,9 @@ class Ipn(Rule):
             return None
         picked = x[..., ipn.channels]
         if is_torch(x):
-            sums = picked @ ipn.keys.T
+            sums = picked @ ipn.keys
         else:
-            sums = np.stack([ops.lane_sum(row * picked) for row in ipn.keys], axis=-1)
+            sums = ops.in_order(picked[..., None] * ipn.keys, axis=-2)
         fit = sums * ipn.key_scale + ipn.key_bias
         return namespace(fit).where(fit == fit, fit, like(-np.inf, fit)).argmax(-1)
 
