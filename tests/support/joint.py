@@ -19,6 +19,8 @@ from lowtide.compress import products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.sources import open_source
 from lowtide.format.reader import open_artifact
+from lowtide.learn.cluster_fit import fit_clusters
+from lowtide.learn.clusters import Clusters
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_train import IpnOptions, Learner
@@ -26,13 +28,13 @@ from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.run_ipn import learn_joint
 from lowtide.learn.shards import own, whole
 
-OPTIONS = IpnOptions(steps=6, bits=(4.0, 5.0), focus=0.7, windows=4, weight_rate=0.02, check_every=2)
+OPTIONS = IpnOptions(steps=6, bits=(4.0, 5.0), focus=0.7, windows=4, weight_rate=0.02, centroids=3, check_every=2)
 STOPPED = 5
 """Where `interrupted` stops, a step behind the last checkpoint."""
 
 
 def make_learner(source: Path, parallel: Parallel) -> Learner:
-    """A joint learner whose windows are of two kinds, so that the processes' own KLs and bits differ."""
+    """A joint learner with clusters, whose windows are of two kinds, so that the processes' own KLs and bits differ."""
     artifact, dense = open_artifact(source / "artifact"), DenseModel(open_source(source / "model"))
     grid, tables = budget_tables(artifact)
     importance = {
@@ -54,6 +56,10 @@ def make_learner(source: Path, parallel: Parallel) -> Learner:
         from lowtide.learn.sharded import ShardedModel
 
         model = ShardedModel(artifact, dense, parallel.mesh, parallel.free)
+    stored = fit_clusters(artifact, dense, ids, 3)
+    clusters = {name: Clusters.of(artifact.groups[name], own) for name, own in stored.items()}
+    model.take_clusters(clusters)
+    ipn.take_clusters(clusters)
     return Learner(model, ipn, ids, options, parallel)
 
 
