@@ -51,7 +51,7 @@ MASKS = f"select|choose|thresholds_of|scores|leading|refine|largest_of|{LISTS}"
 PARTS = {
     "masks": re.compile(rf"lowtide.*::({MASKS})\b"),
     "copies": re.compile(r"\W*_*mem(move|cpy|set)"),
-    "network": re.compile(r"lowtide.*::(probe\w*|waterline|locate|code|match_keys)\b"),
+    "network": re.compile(r"lowtide.*::(probe\w*|waterline|locate|code|fits)\b"),
     "addresses": re.compile(r"lowtide.*::(offsets|ask|Engine::product|Engine::guess|Passes::next)\b"),
 }
 SHARE = ("masks", "copies", "network")

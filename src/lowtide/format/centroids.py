@@ -26,13 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowtide.errors import LowtideError
-from lowtide.format import layout
-from lowtide.format.groups import GroupTensors
+from lowtide.format import codec, layout
+from lowtide.format.groups import GroupTensors, LinearTensors
+from lowtide.format.image import say
 from lowtide.format.manifest import MANIFEST_NAME
 from lowtide.format.stamp import cache_folder
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
+ROWS = 4096
+"""Of a matrix that are unpacked to float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,29 @@ def make(group: GroupTensors) -> Centroids:
     """A group's centroids and the products with them, from its own tensors."""
     mean = means(group)
     apart = mean.astype(np.float32) - group.mean.astype(np.float32)
-    bias = []
-    for index, linear in enumerate(group.linears):
-        weight = group.dequantise(index, group.slices) + group.exact_part(index)
+    return Centroids(mean, [_products(group, linear, apart) for linear in group.linears])
+
+
+def _products(group: GroupTensors, linear: LinearTensors, apart: F32) -> F16:
+    """f16 [K, out]: the bias and what all slices and outliers make of f32 [K, in], which is 0 for exact channels. Some
+    rows at a time: an output head in float32 takes more memory than the artifact."""
+    digits = codec.unpack_digits(linear.weight, linear.out_features, group.in_features, group.slices)
+    nothing = sum(twice / 2 * 4.0**-place for place, twice in enumerate(group.centres))
+    cols = group.col_scale.astype(np.float32) * group.shrink[-1]
+    rows, channels, values = linear.outliers()
+    found = np.empty((len(apart), linear.out_features), np.float16)
+    for start in range(0, linear.out_features, ROWS):
+        part = slice(start, start + ROWS)
+        weight = digits[part] * np.float32(4.0 ** (1 - group.slices)) - np.float32(nothing)
+        weight *= cols
+        weight *= linear.row_scale[part].astype(np.float32)[:, None]
+        here = (rows >= start) & (rows < start + ROWS)
+        np.add.at(weight, (rows[here] - start, channels[here]), values[here].astype(np.float32))
         with np.errstate(over="ignore"):  # refused below
-            found = (apart @ weight.T + linear.bias.astype(np.float32)).astype(np.float16)
-        if not np.all(np.isfinite(found)):
-            raise LowtideError(f"{linear.name}: a product with one of the centroids leaves float16's range")
-        bias.append(found)
-    return Centroids(mean, bias)
+            found[:, part] = apart @ weight.T + linear.bias[part].astype(np.float32)
+    if not np.all(np.isfinite(found)):
+        raise LowtideError(f"{linear.name}: a product with one of the centroids leaves float16's range")
+    return found
 
 
 def load_centroids(folder: Path, groups: Mapping[str, GroupTensors]) -> dict[str, Centroids]:
@@ -80,6 +97,7 @@ def load_centroids(folder: Path, groups: Mapping[str, GroupTensors]) -> dict[str
     path = cache_folder() / "centroids" / f"{digest}.safetensors"
     tensors = _read(path, expected)
     if tensors is None:
+        say(f"multiplying the centroids of {folder} (once)")
         made = {name: make(group) for name, group in wanted.items()}
         tensors = {tensor: value for name, each in made.items() for tensor, value in _named(wanted[name], each).items()}
         _write(path, tensors, expected)

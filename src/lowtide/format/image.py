@@ -45,7 +45,7 @@ def make_image(data: memoryview, manifest: Manifest, target: Path, where: str) -
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _say(f"unpacking {where} into {target} ({manifest.image.bytes / 1e6:.0f} MB, once)")
+        say(f"unpacking {where} into {target} ({manifest.image.bytes / 1e6:.0f} MB, once)")
         unpack(data, manifest, manifest.slices, temporary, where)
         if file_entry(temporary) != manifest.image:
             raise LowtideError(f"{where}: does not decode to what its manifest says; get the file again")
@@ -151,7 +151,7 @@ def _digest(file):  # type: ignore[no-untyped-def]
     return digest
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """A line for people who wait; silent where nobody does."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"lowtide: {text}", file=sys.stderr)
