@@ -219,7 +219,11 @@ def _other_name(data: bytes) -> bytes:
     return join(header, data[start:])
 
 
-DAMAGES = [_cut, lambda d: d[:20], lambda d: b"", lambda d: b"x" * 99, _other_shape, _other_name]
+def _flipped(data: bytes) -> bytes:
+    return data[:-999] + bytes([data[-999] ^ 8]) + data[-998:]
+
+
+DAMAGES = [_cut, _flipped, lambda d: d[:20], lambda d: b"", lambda d: b"x" * 99, _other_shape, _other_name]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -233,6 +237,18 @@ def test_damaged_tables_are_made_again(original: Path, own_cache: Path, damage: 
     equal(tables(original), wanted)
     assert file.read_bytes() == whole
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_tables_are_of_the_artifact_that_was_opened(original: Path, tmp_path: Path, own_cache: Path) -> None:
+    """Also if another one has taken its place meanwhile."""
+    place, other = tmp_path / "place", make(tmp_path / "other", tied=False, layers=1, seed=7)
+    shutil.copytree(original, place)
+    opened, wanted = open_artifact(place), tables(original)
+    shutil.rmtree(place)
+    shutil.copytree(other, place)
+    equal(opened.centroids(), wanted)
+    equal(tables(place), tables(other))
+    assert len(list((own_cache / "lowtide" / "centroids").iterdir())) == 2
 
 
 def test_tables_need_no_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

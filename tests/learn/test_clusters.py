@@ -152,6 +152,40 @@ def test_under_training_the_products_with_centroids_follow_the_weights(opened, s
     assert float(group.learned["weight"].grad.abs().max()) > 0
 
 
+def test_a_products_gradient_is_that_of_the_linear_map(opened, small, exact):
+    artifact, dense = opened
+    learning = GradedModel(artifact, dense, train_weights=True)
+    learning.take_clusters(known(artifact, dense, small.ids))
+    learning.refresh()
+    group, code = learning.groups["layers.1.o"], torch.tensor([2, 0, 2, 3])
+    assert group.learned is not None and group.clusters is not None
+    g = torch.randn(4, group.out, generator=torch.Generator().manual_seed(5))
+    torch.autograd.backward((graded._bias(group, code, torch.zeros(3)) * g).sum())
+    apart = (group.clusters.mean - group.mean)[code]
+    wanted = (g * group.rows).T @ (apart * group.cols)
+    torch.testing.assert_close(group.learned["weight"].grad, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(group.learned["bias"].grad, g.sum(0))
+
+
+def test_clusters_are_not_fitted_to_what_is_held_out(source, tmp_path, monkeypatch):
+    seen = []
+    real = first_network.fit_clusters
+
+    def fit(artifact, dense, ids, *rest):
+        seen.append(ids.clone())
+        return real(artifact, dense, ids, *rest)
+
+    monkeypatch.setattr(first_network, "fit_clusters", fit)
+    held = []
+    start = first_network.start
+    monkeypatch.setattr(first_network, "start", lambda learner, *rest: held.append(learner) or start(learner, *rest))
+    learn_ipn(
+        source / "artifact", source / "model", tmp_path / "out", dataclasses.replace(SOME, steps=0), source / "text"
+    )
+    (ids,), (learner,) = seen, held
+    assert len(ids) == len(learner.ids) - learner.held and torch.equal(ids, learner.ids[: len(ids)])
+
+
 @pytest.mark.parametrize("way", ["ipn", "joint"])
 def test_an_artifact_with_clusters_runs_and_keeps_its_budgets(source, tmp_path, way):
     out, text = tmp_path / "out", source / "text"
@@ -195,15 +229,17 @@ def test_training_sees_what_the_engine_computes(source, opened, small, tmp_path,
     grid, tables = budget_tables(made, "ipn")
     importance = {n: torch.from_numpy(g.importance.astype(np.float32)) for n, g in made.groups.items()}
     ipn = Ipn(importance, grid, tables, features=4, low=4.0, high=6.0)
-    clusters = {n: Clusters.of(g, first_network.stored_clusters(g)) for n, g in made.groups.items()}
+    bits = min(grid, key=lambda b: abs(b - 5.0))
+    stored = {n: first_network.stored_clusters(g) for n, g in made.groups.items()}
+    clusters = {n: Clusters.of(made.groups[n], own) for n, own in stored.items() if own}
     model.take_clusters(clusters)
     ipn.take_clusters(clusters)
     take_stored(ipn, made)
-    hidden, _ = model.hidden(small.ids[:2, :12], At(ipn, grid[3]))
-    ours = head_kl(model, hidden, dense.hidden(small.ids[:2, :12]), dense.head_weight, At(ipn, grid[3]))
+    hidden, _ = model.hidden(small.ids[:2, :12], At(ipn, bits))
+    ours = head_kl(model, hidden, dense.hidden(small.ids[:2, :12]), dense.head_weight, At(ipn, bits))
     text = small.ids[:2, :12].numpy().astype(np.int32)
     theirs = lowtide.evaluate(
-        tmp_path / "out", source / "model", text, window=12, bits=[grid[3]], policy="ipn", progress=False
+        tmp_path / "out", source / "model", text, window=12, bits=[bits], policy="ipn", progress=False
     )
     assert theirs["points"][0]["kl"] == pytest.approx(float(ours), rel=0.1)
 

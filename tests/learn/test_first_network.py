@@ -12,7 +12,7 @@ from support.twin import write_folder
 from lowtide.compress import compress
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import first_network
+from lowtide.learn import first_network, run_ipn
 from lowtide.learn.ipn_train import FEATURES
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 
@@ -51,6 +51,28 @@ def test_features_are_those_of_the_network_that_is_there_or_a_few(source, tmp_pa
     assert open_artifact(tmp_path / "other").manifest.ipn["features"] == 5 and other["probe_ratio"] is None
 
 
+def test_sizes_are_those_of_the_network_only_if_it_is_gone_on_with(source, tmp_path):
+    start = dataclasses.replace(FAST, steps=0, centroids=3)
+    learn_ipn(source / "artifact", source / "model", tmp_path / "first", start, source / "text")
+    first, none = open_artifact(tmp_path / "first"), dataclasses.replace(start, features=None, centroids=None)
+
+    def sizes(**given):
+        options = first_network.settled(dataclasses.replace(none, **given), first)
+        return options.features, options.centroids, first_network.goes_on(first, options)
+
+    assert sizes() == sizes(features=4) == sizes(centroids=3) == (4, 3, True)
+    assert sizes(features=7) == (7, 0, False)  # a fresh one; the model is too small for centroids of its own accord
+    assert sizes(centroids=2) == (FEATURES, 2, False) and sizes(parts=("offset",)) == (FEATURES, 0, False)
+
+
+def test_an_artifact_without_channel_norm_is_refused_at_once(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_ipn, "sampled_windows", None)  # before the model has written its text
+    compress(source / "model", tmp_path / "other", calibration=source / "text", policies=["channel-abs"])
+    with pytest.raises(LowtideError, match="stores no thresholds for channel-norm"):
+        learn_ipn(tmp_path / "other", source / "model", tmp_path / "out", FAST)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, monkeypatch):
     learn_ipn(source / "artifact", source / "model", tmp_path / "first", FAST, source / "text")
     monkeypatch.setattr(first_network, "fit_probes", None)  # not asked for
@@ -74,13 +96,14 @@ def test_training_begins_with_the_network_of_another_artifact(source, tmp_path, 
 def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
     given = source / "artifact", source / "model", tmp_path / "out", FAST, source / "text"
     with pytest.raises(
-        LowtideError, match="artifact: has no importance prediction network; wanted is one with 4 and 0$"
+        LowtideError,
+        match="artifact: has no importance prediction network; wanted is one with 4 .* and 0 centroids$",
     ):
         learn_ipn(*given, network=source / "artifact")
     wide = dataclasses.replace(FAST, steps=0, features=5)
     learn_ipn(source / "artifact", source / "model", tmp_path / "wide", wide, source / "text")
     with pytest.raises(
-        LowtideError, match="wide: its network has 5 features and 0 centroids; wanted is one with 4 and 0"
+        LowtideError, match="wide: its network has 5 features and 0 centroids; wanted is one with 4 features and 0 cen"
     ):
         learn_ipn(*given, network=tmp_path / "wide")
     values = {n: small.source.tensor(n).numpy() * 1.1 for n in small.source.names()}
@@ -89,7 +112,7 @@ def test_a_network_that_does_not_fit_is_refused(source, tmp_path, small):
     with pytest.raises(LowtideError, match="others: its network is of another model"):
         learn_ipn(*given, network=tmp_path / "others")
     compress(source / "model", tmp_path / "four", calibration=source / "text", bits_max=4)
-    with pytest.raises(LowtideError, match="four: its network is for other budgets or exact channels"):
+    with pytest.raises(LowtideError, match="four: its network is for other budgets, exact channels or means"):
         learn_ipn(*given, network=tmp_path / "four")
     with pytest.raises(LowtideError, match="--parts offset: all of them learn where --network is given"):
         learn_ipn(*given[:3], dataclasses.replace(FAST, parts=("offset",)), source / "text", network=tmp_path / "wide")

@@ -75,7 +75,7 @@ Centroids: TypeAlias = Annotated[
     int | None,
     typer.Option(
         help="Clusters of every group's inputs, whose middles' products are kept; 0 for none. [default: those of the "
-        "network it begins with, or 64]"
+        "network it begins with, or 64, fewer in small models]"
     ),
 ]
 CheckEvery: TypeAlias = Annotated[

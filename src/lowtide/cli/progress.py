@@ -11,6 +11,7 @@ STAGES = {
     "quantise": "coding layers",
     "feedback": "feeding errors back",
     "calibrate": "calibrating",
+    "cluster": "clustering inputs",
     "allocate": "sharing out sparsity",
     "search": "searching",
     "prune": "pruning",

@@ -46,10 +46,12 @@ class Artifact:
         path: the folder.
         manifest: what it says about itself.
         groups: name -> tensors, in the order of `arch.group_specs`.
+        manifest_sha256: of the manifest's file as it was read.
     """
 
     path: Path
     manifest: Manifest
+    manifest_sha256: str
     groups: dict[str, GroupTensors]
     _tensors: dict[str, NDArray[Any]] = field(repr=False)
     _centroids: dict[str, Centroids] | None = field(default=None, init=False, repr=False)
@@ -59,10 +61,10 @@ class Artifact:
         artifact and kept in the user's cache.
 
         Raises:
-            LowtideError: there is no room for it.
+            LowtideError: a product with one of them leaves float16's range.
         """
         if self._centroids is None:
-            self._centroids = load_centroids(self.path, self.groups)
+            self._centroids = load_centroids(self.manifest_sha256, self.groups)
         return self._centroids
 
     @property
@@ -130,9 +132,9 @@ def load_folder(folder: Path, hashes: bool = False, trust_stamp: bool = False, i
     if image is not None and manifest.image is not None and image.exists():
         stats[f"image {image}"] = os.stat(image)
         if trust_stamp and stamp.is_stamped(folder, manifest_sha256, stamp.identity(stats)):
-            return _assemble(folder, manifest, _map_file(image, manifest.image.bytes), str(image))
+            return _assemble(folder, manifest, manifest_sha256, _map_file(image, manifest.image.bytes), str(image))
     elif manifest.image is None and trust_stamp and stamp.is_stamped(folder, manifest_sha256, stamp.identity(stats)):
-        return _assemble(folder, manifest, data, str(weights))
+        return _assemble(folder, manifest, manifest_sha256, data, str(weights))
     if hashes:
         _check_hashes(folder, manifest, data)
     config = folder / CONFIG_NAME
@@ -145,7 +147,7 @@ def load_folder(folder: Path, hashes: bool = False, trust_stamp: bool = False, i
             make_image(data, manifest, image, str(weights))
         stats[f"image {image}"] = os.stat(image)
         data = _map_file(image, manifest.image.bytes)
-    artifact = _assemble(folder, manifest, data, str(weights))
+    artifact = _assemble(folder, manifest, manifest_sha256, data, str(weights))
     _check_values(artifact, str(weights))
     if hashes:
         stamp.write_stamp(folder, manifest_sha256, stamp.identity(stats))
@@ -165,7 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def open_image(folder: Path, manifest: Manifest, image: Path) -> Artifact:
     """An artifact whose tensors come from an image just made of it."""
-    return _assemble(folder, manifest, _map_file(image, image.stat().st_size), str(image))
+    digest = hashlib.sha256(manifest.to_json()).hexdigest()
+    return _assemble(folder, manifest, digest, _map_file(image, image.stat().st_size), str(image))
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -285,7 +288,7 @@ def _check_spans(manifest: Manifest, spans: dict[str, layout.TensorSpan], where:
             )
 
 
-def _assemble(folder: Path, manifest: Manifest, data: memoryview, where: str) -> Artifact:
+def _assemble(folder: Path, manifest: Manifest, manifest_sha256: str, data: memoryview, where: str) -> Artifact:
     """Views of every tensor of `model.safetensors` or of its image, and the groups made of them. Copies nothing."""
     start, spans = layout.parse_header(data, where)
     _check_spans(manifest, spans, where)
@@ -295,7 +298,7 @@ def _assemble(folder: Path, manifest: Manifest, data: memoryview, where: str) ->
         for name, span in spans.items()
     }
     groups = {spec.name: _group(spec, manifest, tensors) for spec in group_specs(manifest.config)}
-    return Artifact(folder, manifest, groups, tensors)
+    return Artifact(folder, manifest, manifest_sha256, groups, tensors)
 
 
 def _group(spec: GroupSpec, manifest: Manifest, tensors: dict[str, NDArray[Any]]) -> GroupTensors:

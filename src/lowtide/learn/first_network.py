@@ -4,6 +4,7 @@ fitted to sensitivities."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lowtide.learn.clusters import Clusters, stored_clusters
 from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import Ipn
 from lowtide.learn.ipn_export import shift_for
-from lowtide.learn.ipn_train import CENTROIDS, FEATURES, IpnOptions, Learner, Report
+from lowtide.learn.ipn_train import CENTROIDS, FEATURES, IpnOptions, Learner, Report, held_out
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.sensitivity import fit_probes, probe_tokens, sensitivities
 from lowtide.learn.shards import is_sharded
@@ -35,11 +36,13 @@ LEVEL_TOKENS = 2048
 
 
 def settled(options: IpnOptions, first: Artifact) -> IpnOptions:
-    """The numbers of features and centroids settled: by default those of the network that training begins with."""
+    """The numbers of features and centroids settled: those of the network that training begins with, or, where other
+    numbers are asked for or not all parts learn, those of a fresh one."""
     has = first.manifest.ipn
     features, centroids = FEATURES, affordable(first.config)
-    if has is not None:
-        features, centroids = has["features"], has["centroids"]
+    if has is not None and set(options.parts) == set(Ipn.PARTS):
+        if options.features in (None, has["features"]) and options.centroids in (None, has["centroids"]):
+            features, centroids = has["features"], has["centroids"]
     return dataclasses.replace(
         options,
         features=features if options.features is None else options.features,
@@ -53,9 +56,9 @@ def affordable(config: ModelConfig) -> int:
     rows = config.q_size + 2 * config.kv_size + 2 * config.intermediate_size
     weights = width * rows + config.q_size * width + config.intermediate_size * width
     count = CENTROIDS if channels else 0
-    while count and 2 * (count * (8 * channels + 64) + 32 * channels) > MOST_KEY_BITS * weights:
+    while count > 1 and 2 * (count * (8 * channels + 64) + 32 * channels) > MOST_KEY_BITS * weights:
         count //= 2
-    return count
+    return count if count > 1 else 0
 
 
 def goes_on(artifact: Artifact, options: IpnOptions) -> bool:
@@ -77,10 +80,11 @@ def network_of(network: str | Path, artifact: Artifact, options: IpnOptions) -> 
         raise LowtideError(f"{network}: its network is of another model than the artifact")
     alike = found.manifest.slices == artifact.manifest.slices and found.manifest.budgets == artifact.manifest.budgets
     if not alike or any(
-        not np.array_equal(group.exact_channels, artifact.groups[name].exact_channels)
+        not np.array_equal(getattr(group, what), getattr(artifact.groups[name], what))
         for name, group in found.groups.items()
+        for what in ("exact_channels", "mean")  # from which centroids are counted
     ):
-        raise LowtideError(f"{network}: its network is for other budgets or exact channels: calibrate both alike")
+        raise LowtideError(f"{network}: its network is for other budgets, exact channels or means; calibrate alike")
     if set(options.parts) != set(Ipn.PARTS):
         raise LowtideError(f"--parts {','.join(options.parts)}: all of them learn where --network is given")
     if not goes_on(found, options):
@@ -88,7 +92,8 @@ def network_of(network: str | Path, artifact: Artifact, options: IpnOptions) -> 
         what = "has no importance prediction network"
         if has is not None:
             what = f"its network has {has['features']} features and {has['centroids']} centroids"
-        raise LowtideError(f"{network}: {what}; wanted is one with {options.features} and {options.centroids}")
+        wanted = f"{options.features} features and {options.centroids} centroids"
+        raise LowtideError(f"{network}: {what}; wanted is one with {wanted}")
     return found
 
 
@@ -115,7 +120,8 @@ def clusters_for(
     work: Path,
     report: Report,
 ) -> dict[str, Clusters]:
-    """Clusters of every group: those of `first`, or found on the windows i64 [B, N] and kept in `work`."""
+    """Clusters of every group: those of `first`, or found on the windows i64 [B, N] that are not held out, and kept in
+    `work`."""
     if not options.centroids:
         return {}
     if goes_on(first, options):
@@ -123,10 +129,9 @@ def clusters_for(
     else:
         kept = work / CLUSTERS
         if team.main and not kept.exists():
-            count = max(1, tokens_for(model.dense) // ids.shape[1])
-            found = fit_clusters(
-                artifact, model.dense, ids[:count], options.centroids, options.seed, lambda *n: report("cluster", *n)
-            )
+            count = min(max(1, tokens_for(model.dense) // ids.shape[1]), len(ids) - held_out(ids))
+            told = functools.partial(report, "cluster")
+            found = fit_clusters(artifact, model.dense, ids[:count], options.centroids, options.seed, told)
             _keep(kept, found)
         team.wait()
         stored = _kept(kept)
@@ -187,8 +192,7 @@ def _level_head(model: GradedModel, ipn: Ipn, x: torch.Tensor) -> None:
 
 
 def start(learner: Learner, work: Path, report: Report) -> float | None:
-    """Set thresholds and fit the probes to sensitivities, unless a checkpoint is going to replace them; mean ratio of
-    held-out cost."""
+    """Fit the probes to sensitivities, unless a checkpoint is going to replace them; mean ratio of held-out cost."""
     if (work / progress.NAME).exists():
         return None
     ratio = _fit(learner, report) if learner.parallel.main else None

@@ -29,7 +29,7 @@ from lowtide.learn.level import densities, hold, project
 from lowtide.learn.parallel import Parallel
 
 Report = Callable[[str, int, int], None]
-"""`report(stage, done, total)`; stages: sample, probe, train, thresholds."""
+"""`report(stage, done, total)`; stages: sample, cluster, probe, train, thresholds."""
 DIVERGED = math.log(2.0)
 """Training stops when the held-out value is this much above where it began."""
 WARM = 10
@@ -73,7 +73,7 @@ class IpnOptions:
         average: decay, for each step, of the average of parameters that is kept (`ipn_progress.Run.follow`).
         features: H of each probe; None: as many as the network has that training begins with, or FEATURES.
         centroids: clusters of every group's inputs, 0 for none; None: as many as the network has that training begins
-            with, or CENTROIDS.
+            with, or CENTROIDS, fewer in small models.
         parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
     """
@@ -123,6 +123,11 @@ class IpnOptions:
             raise LowtideError(f"--parts: known are {', '.join(Ipn.PARTS)}")
 
 
+def held_out(ids: torch.Tensor) -> int:
+    """How many of the windows i64 [B, N] are for checking, the last ones: a tenth, one at least, MOST_HELD at most."""
+    return min(MOST_HELD, max(1, len(ids) // 10))
+
+
 @dataclass
 class Learner:
     """A model, its network and the windows i64 [B, N] to learn on; the last `held` are for checking."""
@@ -144,8 +149,8 @@ class Learner:
 
     @property
     def held(self) -> int:
-        """Windows held out: a tenth, one at least and MOST_HELD at most."""
-        return min(MOST_HELD, max(1, len(self.ids) // 10))
+        """Windows held out."""
+        return held_out(self.ids)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that learns, by name."""

@@ -20,6 +20,8 @@ from lowtide.compress.dense import DenseModel
 from lowtide.compress.pack import WorkFolder
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
+from lowtide.format import centroids
+from lowtide.format.groups import IpnTensors
 from lowtide.format.ipn import attach
 from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
@@ -27,9 +29,9 @@ from lowtide.learn import first_network
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
 from lowtide.learn.devices import device_for, name_of
-from lowtide.learn.graded import GradedModel, check_model
+from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
-from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report
+from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report, held_out
 from lowtide.learn.parallel import Parallel, join
 from lowtide.learn.training_text import file_windows, sampled_shape, sampled_windows
 
@@ -56,7 +58,7 @@ def learn_ipn(
 
     Args:
         artifact: made by `lowtide compress` without a target size, thresholds of `channel-norm` in it. A network that
-            is in it and has as many features is where training begins.
+            is in it and has as many features and centroids is where training begins.
         model: what it was made from.
         out: the artifact to write, the same weights with the policy `ipn` as default. Checkpoints in `OUT.partial`.
         options: how to train; `weight_rate` must be 0.
@@ -163,7 +165,7 @@ def _learn(
     options = first_network.settled(options, artifact if network is None else open_artifact(network))
     first = artifact if network is None else first_network.network_of(network, artifact, options)
     goes_on = first_network.goes_on(first, options)
-    _check(options, tokens, first.manifest.budgets)
+    _check(options, tokens, budget_tables(first, "ipn" if goes_on else "channel-norm")[0])
     try:
         products.choose(dense.device)
         work = out.with_name(out.name + ".partial")
@@ -190,7 +192,8 @@ def _learn(
             group.side_bits += ipn.side_bits(name)
         learner = Learner(graded, ipn, ids, options, team)
         if clusters and not goes_on:
-            first_network.set_level(graded, ipn, ids)
+            first_network.set_level(graded, ipn, ids[: len(ids) - held_out(ids)])
+            ipn.tables["head"] = team.first(ipn.tables["head"])
         ratio = None if goes_on else first_network.start(learner, work, report)
         run = _train(learner, work, key, report)
         figures = {}
@@ -206,6 +209,15 @@ def _learn(
     shutil.rmtree(work, ignore_errors=True)
     figures |= {"probe_ratio": ratio, "device": name_of(dense.device), "products": multiplied}
     return figures | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _check_products(artifact: Artifact, stored: dict[str, IpnTensors]) -> None:
+    """LowtideError if an engine could not make the centroids' tables of these weights."""
+    try:
+        for name, tensors in stored.items():
+            centroids.make(dataclasses.replace(artifact.groups[name], ipn=tensors))
+    except LowtideError as error:
+        raise LowtideError(f"{error}: lower --weight-rate, or give --centroids 0") from None
 
 
 def _check(options: IpnOptions, tokens: int, grid: list[float]) -> None:
@@ -316,6 +328,8 @@ def _finish(
         return {}
     keys = ipn.keys.get("head")
     centroids, channels = (0, 0) if keys is None else keys.weight.shape
+    if ipn.clusters:
+        _check_products(open_artifact(base), stored)
     info: IpnInfo = {
         "features": ipn.features,
         "low": o.bits[0],

@@ -26,7 +26,8 @@ ALWAYS = 1e4
 
 
 class Hierarchical(Rival):
-    """Steps and the settings that are tried; starts from `ipn` where the artifact stores it, else `channel-norm`."""
+    """Steps and the settings that are tried; starts from `ipn` where the artifact stores it, without
+    centroids, else `channel-norm`."""
 
     source = "nested masks of the specification; ours"
 
@@ -35,8 +36,9 @@ class Hierarchical(Rival):
 
     def fit(self, calibration: Calibration, policy: str | None = None) -> HierarchyFitted:
         """Statistics of the gates, if neurons are masked."""
-        stored = calibration.artifact.manifest.policies
-        return HierarchyFitted(calibration, policy or (IPN if IPN in stored else WATERLINE), self.steps, self.tried)
+        has = calibration.artifact.manifest.ipn
+        found = WATERLINE if has is None or has["centroids"] else IPN
+        return HierarchyFitted(calibration, policy or found, self.steps, self.tried)
 
 
 class HierarchyFitted(Fitted):
