@@ -7,12 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.learning import FAST, tensors
 
 import lowtide
-from lowtide.arch import ModelConfig
+from lowtide.arch import ModelConfig, norm_specs
 from lowtide.compress import products
 from lowtide.compress.dense import DenseModel
+from lowtide.compress.masked import MaskedModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
@@ -27,6 +29,7 @@ from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import take_stored
 from lowtide.learn.ipn_train import CENTROIDS, IpnOptions
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
+from lowtide.rules import get_rule
 from lowtide.runtime.budget import policy_params
 
 pytestmark = pytest.mark.usefixtures("few_tokens")
@@ -47,6 +50,11 @@ def opened(source):
 def known(artifact, dense, ids, count=4):
     stored = fit_clusters(artifact, dense, ids, count)
     return {name: Clusters.of(artifact.groups[name], own) for name, own in stored.items()}
+
+
+def ipn_bits(model, ipn):
+    """Of each weight, what the network reads; a model's groups do not know by themselves."""
+    return sum(ipn.side_bits(name) for name in model.groups if name != "head") / model.weights
 
 
 def blobs(count, channels, each=60):
@@ -235,13 +243,18 @@ def test_training_sees_what_the_engine_computes(source, opened, small, tmp_path,
     model.take_clusters(clusters)
     ipn.take_clusters(clusters)
     take_stored(ipn, made)
-    hidden, _ = model.hidden(small.ids[:2, :12], At(ipn, bits))
+    hidden, slices = model.hidden(small.ids[:2, :12], At(ipn, bits))
     ours = head_kl(model, hidden, dense.hidden(small.ids[:2, :12]), dense.head_weight, At(ipn, bits))
-    text = small.ids[:2, :12].numpy().astype(np.int32)
-    theirs = lowtide.evaluate(
-        tmp_path / "out", source / "model", text, window=12, bits=[bits], policy="ipn", progress=False
-    )
-    assert theirs["points"][0]["kl"] == pytest.approx(float(ours), rel=0.1)
+    params = policy_params(made, "ipn", bits)
+    norms = {n: made.tensor(n) for n, _ in norm_specs(made.config)}
+    masked = MaskedModel(made.config, made.groups, norms, quantise_coefficients=False, centroids=made.centroids())
+    names = [n for n in made.groups if n != "embed"]
+    thresholds, gains = (dict(zip(names, each, strict=True)) for each in (params.thresholds, params.gains))
+    logits, read = masked.logits(small.ids[:2, :12], get_rule("ipn"), thresholds, gains)
+    logp = F.linear(dense.hidden(small.ids[:2, :12]), dense.head_weight).log_softmax(-1)
+    theirs = (logp.exp() * (logp - logits.log_softmax(-1))).sum(-1).mean()
+    assert float(ours) == pytest.approx(float(theirs), rel=0.02)
+    assert float(slices.detach().mean()) == pytest.approx(read - ipn_bits(model, ipn), rel=0.01)
 
 
 def test_an_interrupted_run_keeps_its_clusters(source, tmp_path, monkeypatch):
