@@ -3,9 +3,9 @@
 Forward, a group computes `y = sum_k D_k (a * m_k)`, where `D_k` is what slice k adds to the weights, `a` the input
 minus its mean, or its cluster's, and `m_k` in {0, 1} whether the token reads slice k: its score is above theta_k.
 Backward, a mask's gradient is that of a sigmoid in place of the step (straight-through). Weights are learned in units
-of their scales, w_ij = r_i c_j z_ij: z takes the gradient of a code without rounding, `dz = r c dy^T (a * m_0)`, for what
-level a channel is read at does not matter to a weight that moves less than its step; r and c take the exact one, digits
-held (after LSQ, arXiv 1902.08153).
+of their scales, w_ij = r_i c_j z_ij: z takes the gradient of a code without rounding, `dz = r c dy^T (a * m_0)`, for
+what level a channel is read at does not matter to a weight that moves less than its step; r and c take the exact one,
+digits held (after LSQ, arXiv 1902.08153).
 
 Products run in int8 or bfloat16 on processors that are faster with it (`lowtide.compress.products`,
 `lowtide.learn.slices`); sums, norms, softmax and the KL stay in float32. The gradient is that of coefficients that are
