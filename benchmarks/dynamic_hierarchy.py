@@ -34,6 +34,7 @@ NAME = "hierarchy"
 SCORES = ("ipn", "channel-norm")
 FLAT = "channel (flat)"
 CHECKS = "16,32,64"
+QUICK = (FLAT, "layer > channel", "neuron > channel")
 FREE = "check every token, bits not counted"
 COLUMNS = ("rule", "bits", "read", "KL", "to flat", "perplexity", "scores", "decisions", "closed", "naive", "setting")
 
@@ -57,12 +58,16 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"--checks {options.checks}: numbers of tokens, separated by commas")
     if options.quick and options.checks == CHECKS:
         options.checks = "32"
+    if options.quick and options.hierarchies == ";".join(HIERARCHIES):
+        options.hierarchies = ";".join(QUICK)
 
 
 def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
     """All configurations, then the checks, for every policy."""
     bench: list[Any] = []
-    stored = subject.artifact.manifest.policies
+    stored, has = subject.artifact.manifest.policies, subject.artifact.manifest.ipn
+    if has is not None and has["centroids"] and options.scores == ",".join(SCORES):
+        stored = [policy for policy in stored if policy != "ipn"]  # nested masks know one mean only
     checks = [int(part) for part in options.checks.split(",") if part]
     for policy in (p for p in options.scores.split(",") if p in stored):
         names = [*filter(None, options.hierarchies.split(";")), *(f"check every {n} tokens" for n in checks)]
