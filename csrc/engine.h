@@ -106,12 +106,13 @@ class Engine {
   const Kernels &kernels() const { return k_; }
 
  private:
-  // decode.cpp
-  void decode_thread(int tid, const lt_step *steps, int64_t n);
+  // choose.cpp
   void choose(int tid, Sequence &s, int64_t group, const float *x, const lt_policy &policy);
   void thresholds_of(int tid, Sequence &s, int64_t row, const float *x, const lt_policy &policy, float *out,
                      const float **score);
   void locate(int tid, Sequence &s, const lt_group &g, const float *x);
+  // decode.cpp
+  void decode_thread(int tid, const lt_step *steps, int64_t n);
   void product(int tid, int64_t group, float *const *y, bool accumulate);
   bool guess(int tid, int64_t group, Pass &pass, Guess &guess) const;
   void share_entries(int tid, int64_t group, float *const *y, bool accumulate);
