@@ -15,10 +15,11 @@ from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn import run_ipn
-from lowtide.learn.graded import GradedModel, budget_tables, low_rank
+from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
 from lowtide.learn.ipn_train import IpnOptions, Learner
+from lowtide.learn.low_rank import low_rank
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_joint
 

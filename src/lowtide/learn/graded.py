@@ -33,6 +33,7 @@ from lowtide.format.reader import Artifact
 from lowtide.learn.always import Always
 from lowtide.learn.clusters import Clusters
 from lowtide.learn.digits import Code
+from lowtide.learn.low_rank import low_rank
 from lowtide.learn.shards import whole
 from lowtide.learn.slices import Slices, chunks
 
@@ -361,18 +362,6 @@ def check_model(artifact: Artifact, dense: DenseModel) -> None:
     """LowtideError if the artifact is of another model."""
     if artifact.manifest.model_id != dense.source.fingerprint():
         raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
-
-
-def low_rank(units: torch.Tensor, rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """Factors `up` f32 [out, R] and `down` f32 [R, in] to begin with, for weights f32 [out, in]: their product is 0.
-
-    A step that moves every value of `up` by e moves the weights by e as well, root mean square.
-    """
-    out, inputs = units.shape
-    rank = min(rank, out, inputs)
-    draw = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, inputs, generator=draw).to(units.device) / rank**0.5
-    return {"up": units.new_zeros(out, rank), "down": down}
 
 
 def _group(group: GroupTensors, code: Code) -> GradedGroup:
