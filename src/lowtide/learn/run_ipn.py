@@ -328,7 +328,7 @@ def _finish(
         return {}
     keys = ipn.keys.get("head")
     centroids, channels = (0, 0) if keys is None else keys.weight.shape
-    if ipn.clusters:
+    if ipn.clusters and o.weight_rate:  # with weights as they are the products were made already
         _check_products(open_artifact(base), stored)
     info: IpnInfo = {
         "features": ipn.features,
