@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+
+from lowtide.errors import LowtideError
+from lowtide.format.manifest import Manifest
 
 _DTYPES = {"U8": "u1", "F16": "<f2", "F32": "<f4", "I32": "<i4", "U32": "<u4"}
 
@@ -21,6 +25,15 @@ def sha256(data: bytes) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / "lowtide.json").read_bytes())
     return manifest
+
+
+def refuse_manifest(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    """Changed like this, an artifact's manifest must be refused in one line that matches the message."""
+    manifest = read_manifest(folder)
+    change(manifest)
+    with pytest.raises(LowtideError, match=message) as error:
+        Manifest.from_json(json.dumps(manifest).encode())
+    assert "\n" not in str(error.value)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any] | bytes) -> None:
