@@ -12,7 +12,7 @@ from support.twin import write_folder
 from lowtide.compress import compress
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import first_network, run_ipn
+from lowtide.learn import first_network, training_text
 from lowtide.learn.ipn_train import FEATURES
 from lowtide.learn.run_ipn import learn_ipn, learn_joint
 
@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_network_only_if_it_is_gone_on_with(source, tmp_p
 
 
 def test_an_artifact_without_channel_norm_is_refused_at_once(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_ipn, "sampled_windows", None)  # before the model has written its text
+    monkeypatch.setattr(training_text, "sampled_windows", None)  # before the model has written its text
     compress(source / "model", tmp_path / "other", calibration=source / "text", policies=["channel-abs"])
     with pytest.raises(LowtideError, match="stores no thresholds for channel-norm"):
         learn_ipn(tmp_path / "other", source / "model", tmp_path / "out", FAST)

@@ -62,6 +62,13 @@ Calibration: TypeAlias = Annotated[
 TrainingText: TypeAlias = Annotated[
     Path | None, typer.Option("--text", help="Text to train on. [default: the model writes its own]", metavar="FILE")
 ]
+OwnText: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        help="Part of the text that the model writes itself beside --text, below 1: what is learned then holds for "
+        "other texts, too."
+    ),
+]
 TrainingTokens: TypeAlias = Annotated[int, typer.Option("--tokens", help="Tokens of the text, at most.")]
 StepWindows: TypeAlias = Annotated[int, typer.Option("--windows", help="Windows of a step; fewer need less memory.")]
 Network: TypeAlias = Annotated[

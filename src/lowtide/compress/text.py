@@ -30,8 +30,11 @@ def encode_text(source: Source, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
 
-def windows_of_file(source: Source, file: Path, windows: int | None = None, tokens: int | None = None) -> torch.Tensor:
-    """Windows spread evenly over a text file, i64 [at most `windows` (default FILE_WINDOWS), window].
+def windows_of_file(
+    source: Source, file: Path, windows: int | None = None, tokens: int | None = None, window: int = WINDOW
+) -> torch.Tensor:
+    """Windows spread evenly over a text file, i64 [at most `windows` (default FILE_WINDOWS), window]; a window has no
+    more tokens than the model has positions.
 
     tokens: as many windows as hold so many tokens instead; LowtideError if the text has fewer.
     """
@@ -41,7 +44,7 @@ def windows_of_file(source: Source, file: Path, windows: int | None = None, toke
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise LowtideError(f"{file}: cannot be read as calibration text ({reason})") from None
     ids = encode_text(source, text)
-    window = min(WINDOW, source.config.max_position)
+    window = min(window, source.config.max_position)
     available = len(ids) // window
     if available == 0:
         raise LowtideError(f"{file}: {len(ids)} tokens are less than one window of {window}; give a longer text")

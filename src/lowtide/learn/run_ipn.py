@@ -25,7 +25,7 @@ from lowtide.format.groups import IpnTensors
 from lowtide.format.ipn import attach
 from lowtide.format.manifest import IpnInfo
 from lowtide.format.reader import Artifact, open_artifact
-from lowtide.learn import first_network
+from lowtide.learn import first_network, training_text
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
 from lowtide.learn.devices import device_for, name_of
@@ -33,7 +33,6 @@ from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
 from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report, held_out
 from lowtide.learn.parallel import Parallel, join
-from lowtide.learn.training_text import file_windows, sampled_shape, sampled_windows
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 """How torch and CUDA's libraries say so where the error's type does not."""
@@ -62,7 +61,7 @@ def learn_ipn(
         model: what it was made from.
         out: the artifact to write, the same weights with the policy `ipn` as default. Checkpoints in `OUT.partial`.
         options: how to train; `weight_rate` must be 0.
-        text: UTF-8 file; by default the model writes its own.
+        text: UTF-8 file; by default the model writes its own. `options.own` says how much it writes beside a file.
         tokens: of it, at most.
         resume, force, report: as everywhere.
         network: another artifact of the same model, whose network is where training begins, e.g. one without feedback.
@@ -169,18 +168,15 @@ def _learn(
     try:
         products.choose(dense.device)
         work = out.with_name(out.name + ".partial")
-        ids, shape = None, sampled_shape(dense, tokens, options)
-        if text is not None:
-            ids = file_windows(dense, Path(text), tokens, options.seed)
-        key = _key(options, folder, network, repr(shape).encode() if ids is None else ids.numpy().tobytes())
+        of = training_text.wanted(dense, None if text is None else Path(text), tokens, options)
+        key = _key(options, folder, network, of.key())
         if team.main:
             if not resume:
                 shutil.rmtree(work, ignore_errors=True)
             WorkFolder(work, {"run": key})
         team.wait()
         multiplied = agree(team, work, dense.device)
-        if ids is None:
-            ids = sampled_windows(team, dense, shape, options.seed, work, report)
+        ids = training_text.windows(team, dense, of, options, work, report)
         graded = _model(team, artifact, dense, joint, options)
         ipn = first_network.network(artifact, first, options, dense.device)
         clusters = first_network.clusters_for(team, artifact, first, graded, ids, options, work, report)

@@ -1,8 +1,13 @@
-"""The text that training looks at, i64 [B, N]: windows of a file, or text that the model writes."""
+"""The text that training looks at, i64 [B, N]: windows of a file, text that the model writes, or both.
+
+What is learned from a file holds for texts like it. A part that the model writes, which is of all kinds that it knows,
+makes it hold elsewhere, too (docs/dynamic.md).
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ import torch
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.text import windows_of_file
 from lowtide.errors import LowtideError
+from lowtide.learn.cluster_fit import tokens_for
 from lowtide.learn.ipn_train import MOST_HELD, IpnOptions, Report
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.sensitivity import probe_tokens
@@ -21,14 +27,63 @@ SAMPLED_AT_ONCE = 128
 NAME = "text.npy"
 
 
-def file_windows(dense: DenseModel, path: Path, tokens: int, seed: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class Wanted:
+    """Windows [file + sampled, window] to train on: those of a file, and those that the model writes.
+
+    from_file: i64 [file, window], None where there is no file.
+    """
+
+    from_file: torch.Tensor | None
+    sampled: tuple[int, int]
+
+    def key(self) -> bytes:
+        """What tells one text from another, before any of it is written."""
+        read = b"" if self.from_file is None else self.from_file.numpy().tobytes()
+        return read + (repr(self.sampled).encode() if self.sampled[0] else b"")
+
+
+def wanted(dense: DenseModel, path: Path | None, tokens: int, options: IpnOptions) -> Wanted:
+    """What to train on; nothing is written yet.
+
+    Raises:
+        LowtideError: the file cannot be read, or has less than a window; `options.own` without a file.
+    """
+    if path is None:
+        if options.own:
+            raise LowtideError(f"--own {options.own:g}: needs --text; without one the model writes all of the text")
+        return Wanted(None, sampled_shape(dense, tokens, options))
+    if not options.own:
+        return Wanted(file_windows(dense, path, tokens, options.seed), (0, 0))
+    useful, window = sampled_shape(dense, tokens, options)
+    count = max(useful, min(tokens, tokens_for(dense)) // window)
+    found = file_windows(dense, path, round((1 - options.own) * count) * window, options.seed, window)
+    # As many as the file has windows for: a short one is not to drown in what is written beside it.
+    return Wanted(found, (max(1, round(len(found) * options.own / (1 - options.own))), window))
+
+
+def windows(
+    team: Parallel, dense: DenseModel, of: Wanted, options: IpnOptions, work: Path, report: Report
+) -> torch.Tensor:
+    """The windows, in an order that is drawn where they are of both kinds."""
+    if not of.sampled[0]:
+        assert of.from_file is not None
+        return of.from_file
+    written = sampled_windows(team, dense, of.sampled, options.seed, work, report)
+    if of.from_file is None:
+        return written
+    both = torch.cat([of.from_file, written])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(options.seed))]
+
+
+def file_windows(dense: DenseModel, path: Path, tokens: int, seed: int, window: int = FILE_WINDOW) -> torch.Tensor:
     """Windows spread evenly over a file, in an order that is drawn, `tokens` at most but three windows at least.
 
     Raises:
         LowtideError: the file cannot be read, or has less than a window.
     """
-    window = min(FILE_WINDOW, dense.config.max_position)
-    found = windows_of_file(dense.source, path, windows=max(3, tokens // window))
+    window = min(window, dense.config.max_position)
+    found = windows_of_file(dense.source, path, windows=max(3, tokens // window), window=window)
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
 
 
