@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -75,42 +76,77 @@ def test_probes_see_as_much_as_memory_allows(small, monkeypatch):
     assert probe_tokens(small.model) == least
 
 
-def mixture(small, monkeypatch, tmp_path, words, own, tokens=100_000):
-    """(what is wanted, the windows) of a file of so many words and a part that the model writes."""
+@pytest.fixture
+def mixed(small, monkeypatch, tmp_path):
+    """(what is wanted, the windows, whether each is of the file) for a text of so many words of all kinds."""
     monkeypatch.setattr(sensitivity, "PROBE_TOKENS", (64, 64))
     monkeypatch.setattr(cluster_fit, "TOKENS", (640, 640))  # 20 windows
-    place = tmp_path / f"{own}-{tokens}"
-    place.mkdir()
-    write_folder(small.source, place / "model")
-    (place / "file").write_text("the end of the tide is there. " * words)
-    dense, options = DenseModel(open_source(place / "model")), dataclasses.replace(OPTIONS, own=own)
-    found = wanted(dense, place / "file", tokens, options)
-    return found, windows(Parallel(), dense, found, options, place, lambda *_: None)
+    write_folder(small.source, tmp_path / "model")
+    dense = DenseModel(open_source(tmp_path / "model"))
+
+    def mixed(words, part, tokens=100_000, keep=False, centroids=2):
+        draw = random.Random(0)
+        text = " ".join("".join(draw.choices("abcdefgh", k=6)) for _ in range(words))
+        (tmp_path / "file").write_text(text)
+        if not keep:
+            (tmp_path / NAME).unlink(missing_ok=True)
+        options = dataclasses.replace(OPTIONS, own_text=part, centroids=centroids)
+        found = wanted(dense, tmp_path / "file", tokens, options)
+        ids = windows(Parallel(), dense, found, options, tmp_path, lambda *_: None)
+        read = found.from_file.tolist()
+        return found, ids, [row in read for row in ids.tolist()]
+
+    return mixed
 
 
-def test_a_file_and_the_model_give_their_parts(small, monkeypatch, tmp_path):
-    found, ids = mixture(small, monkeypatch, tmp_path, 1000, 0.25)
+def test_a_file_and_the_model_give_their_parts(mixed):
+    found, ids, read = mixed(1000, 0.25)
     assert found.from_file is not None and found.from_file.shape == (15, 32) and found.sampled == (5, 32)
-    read = [row for row in ids.tolist() if row in found.from_file.tolist()]
-    assert ids.shape == (20, 32) and len(read) == 15
-    assert ids[:15].tolist() != found.from_file.tolist()  # they are mixed
-    again, _ = mixture(small, monkeypatch, tmp_path, 1000, 0.5)
-    assert again.sampled == (10, 32) and len(again.key()) != len(found.key())
-    assert mixture(small, monkeypatch, tmp_path, 1000, 0.5, tokens=8 * 32)[0].sampled == (4, 32)
+    assert ids.shape == (20, 32) and sum(read) == 15 and len({tuple(row) for row in ids.tolist()}) == 20
+    for first in range(0, 20, 4):  # whichever are held out are of both kinds
+        assert sum(read[first : first + 4]) == 3
+    assert mixed(1000, 0.5)[0].sampled == (10, 32)
+    assert mixed(1000, 0.5, tokens=8 * 32)[0].sampled == (4, 32)
+    fewer, _, _ = mixed(1000, 0.5, centroids=0)  # only training looks at them
+    assert fewer.sampled == (7, 32) and fewer.from_file is not None and len(fewer.from_file) == 7
 
 
-def test_a_short_file_is_not_outdone(small, monkeypatch, tmp_path):
-    found, ids = mixture(small, monkeypatch, tmp_path, 5, 0.5)
+def test_what_is_wanted_tells_how_much_the_model_writes(mixed):
+    found, _, _ = mixed(1000, 0.25)
+    assert found.key() != dataclasses.replace(found, sampled=(6, 32)).key()
+    assert found.key() != dataclasses.replace(found, from_file=None).key()
+
+
+def test_neither_part_outdoes_the_other_or_the_tokens_asked_for(mixed):
+    found, ids, read = mixed(24, 0.5)  # a short file
     assert found.from_file is not None and 3 <= len(found.from_file) < 10
-    assert found.sampled[0] == len(found.from_file) and len(ids) == 2 * len(found.from_file)
+    assert found.sampled[0] == len(found.from_file) and len(ids) == 2 * sum(read)
+    found, ids, _ = mixed(1000, 0.99)
+    assert found.sampled == (17, 32) and len(ids) == 20
 
 
-def test_the_part_that_the_model_writes_is_refused_without_a_file_or_beyond_its_range(small):
-    with pytest.raises(LowtideError, match="--own 0.5: needs --text"):
-        wanted(small.model, None, 1000, IpnOptions(own=0.5))
-    for own in (-0.1, 1.0, float("nan")):
-        with pytest.raises(LowtideError, match="--own .*: must be from 0 to below 1"):
-            IpnOptions(own=own)
+def test_a_mixture_is_read_again(mixed, small, monkeypatch):
+    _, first, _ = mixed(1000, 0.5)
+
+    def sample(*_):
+        raise AssertionError("the model must not write again")
+
+    monkeypatch.setattr(DenseModel, "sample", sample)
+    assert torch.equal(mixed(1000, 0.5, keep=True)[1], first)
+
+
+def test_a_part_without_a_file_or_beyond_its_range_is_refused_at_once(small, tmp_path, monkeypatch):
+    write_folder(small.source, tmp_path / "model")
+    monkeypatch.setattr(run_ipn, "compress", None)  # before that
+    options = IpnOptions(own_text=0.5, weight_rate=0.01)
+    with pytest.raises(LowtideError, match="--own-text 0.5: needs --text"):
+        run_ipn.learn_joint(tmp_path / "model", tmp_path / "out", options)
+    with pytest.raises(LowtideError, match="--own-text 0.5: needs --text"):
+        run_ipn.learn_ipn(tmp_path / "none", tmp_path / "model", tmp_path / "out", IpnOptions(own_text=0.5))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    for part in (-0.1, 1.0, float("nan")):
+        with pytest.raises(LowtideError, match="--own-text .*: must be from 0 to below 1"):
+            IpnOptions(own_text=part)
 
 
 @pytest.mark.parametrize("command", [["ipn", "artifact"], ["joint"]])
@@ -118,11 +154,11 @@ def test_commands_hand_on_the_part_that_the_model_writes(command, monkeypatch):
     seen = {}
 
     def learn_it(*given):
-        seen["own"] = next(each.own for each in given if isinstance(each, IpnOptions))
+        seen["part"] = next(each.own_text for each in given if isinstance(each, IpnOptions))
         return {}
 
     for name in ("learn_ipn", "learn_joint"):
         monkeypatch.setattr(run_ipn, name, learn_it)
-    arguments = [*command, "model", "out", "--text", "text", "--own", "0.25"]
+    arguments = [*command, "model", "out", "--text", "text", "--own-text", "0.25"]
     typer.main.get_command(learn.app)(arguments, standalone_mode=False)
-    assert seen == {"own": 0.25}
+    assert seen == {"part": 0.25}

@@ -100,7 +100,7 @@ def ipn(
     model: Annotated[str, typer.Argument(help="The model it was made from: folder, hub id or .gguf file.")],
     out: Out,
     text: TrainingText = None,
-    own: OwnText = 0.0,
+    own_text: OwnText = 0.0,
     tokens: TrainingTokens = 65_536,
     bits: Annotated[str, typer.Option(help="Lowest and highest budget to train for.", metavar="LOW,HIGH")] = "2,4",
     steps: Annotated[int, typer.Option(help="Steps end to end, after the self-supervised start.")] = 100,
@@ -131,6 +131,7 @@ def ipn(
     \b
     Examples:
       lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt
+      lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt --own-text 0.75
       lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --steps 0
     """
     from lowtide.cli.progress import progress_bar
@@ -144,7 +145,7 @@ def ipn(
         windows=windows,
         features=features,
         centroids=centroids,
-        own=own,
+        own_text=own_text,
         parts=tuple(p.strip() for p in parts.split(",")),
         head=head,
         prices=Prices(sparsity_loss, l1=l1, consistency=consistency),
@@ -169,7 +170,7 @@ def joint(
         Path | None, typer.Option(help="Artifact of the model to begin with. [default: compress it first]")
     ] = None,
     text: TrainingText = None,
-    own: OwnText = 0.0,
+    own_text: OwnText = 0.0,
     tokens: TrainingTokens = 262_144,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     windows: StepWindows = 8,
@@ -214,7 +215,7 @@ def joint(
         weight_rate=weight_rate,
         rank=rank,
         centroids=centroids,
-        own=own,
+        own_text=own_text,
         head=head,
         prices=Prices(consistency=consistency),
         check_every=check_every,

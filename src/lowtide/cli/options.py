@@ -65,8 +65,10 @@ TrainingText: TypeAlias = Annotated[
 OwnText: TypeAlias = Annotated[
     float,
     typer.Option(
-        help="Part of the text that the model writes itself beside --text, below 1: what is learned then holds for "
-        "other texts, too."
+        "--own-text",
+        help="Part of the text, from 0 to below 1, that the model writes itself beside --text: what is learned holds "
+        "better for other texts then.",
+        metavar="PART",
     ),
 ]
 TrainingTokens: TypeAlias = Annotated[int, typer.Option("--tokens", help="Tokens of the text, at most.")]

@@ -74,7 +74,7 @@ class IpnOptions:
         features: H of each probe; None: as many as the network has that training begins with, or FEATURES.
         centroids: clusters of every group's inputs, 0 for none; None: as many as the network has that training begins
             with, or CENTROIDS, fewer in small models.
-        own: part of the text that the model writes itself beside a file's, from 0 to below 1.
+        own_text: part of the text that the model writes itself beside a file's, from 0 to below 1.
         parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
     """
@@ -93,7 +93,7 @@ class IpnOptions:
     average: float = 0.95
     features: int | None = None
     centroids: int | None = None
-    own: float = 0.0
+    own_text: float = 0.0
     parts: tuple[str, ...] = Ipn.PARTS
     check_every: int = 25
     seed: int = 0
@@ -110,8 +110,8 @@ class IpnOptions:
             raise LowtideError(f"--features {self.features}: must be 1 to 64")
         if self.centroids is not None and not 0 <= self.centroids <= MAX_CENTROIDS:
             raise LowtideError(f"--centroids {self.centroids}: must be 0 (none) to {MAX_CENTROIDS}")
-        if not 0 <= self.own < 1:
-            raise LowtideError(f"--own {self.own:g}: must be from 0 to below 1; leave --text out for 1")
+        if not 0 <= self.own_text < 1:
+            raise LowtideError(f"--own-text {self.own_text:g}: must be from 0 to below 1")
         if not 0 <= self.focus <= 1:
             raise LowtideError(f"--focus {self.focus:g}: must be between 0 and 1")
         if self.weight_rate is not None and not 0 <= self.weight_rate < 1:

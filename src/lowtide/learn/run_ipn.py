@@ -61,7 +61,7 @@ def learn_ipn(
         model: what it was made from.
         out: the artifact to write, the same weights with the policy `ipn` as default. Checkpoints in `OUT.partial`.
         options: how to train; `weight_rate` must be 0.
-        text: UTF-8 file; by default the model writes its own. `options.own` says how much it writes beside a file.
+        text: UTF-8 file; by default the model writes its own. `options.own_text` says how much it writes beside a file.
         tokens: of it, at most.
         resume, force, report: as everywhere.
         network: another artifact of the same model, whose network is where training begins, e.g. one without feedback.
@@ -74,6 +74,7 @@ def learn_ipn(
     Raises:
         LowtideError: bad input, a text too short, out of memory, `out` exists, windows that processes cannot share.
     """
+    training_text.check_part(options, text)
     team = join(options.windows, weights=False)
     target, opened = Path(out).absolute(), open_artifact(artifact)
     found = device_for(device, team.world)
@@ -114,6 +115,7 @@ def learn_joint(
     """
     if options.weight_rate is None:
         options = dataclasses.replace(options, weight_rate=rate_for(open_source(model).config.hidden_size))
+    training_text.check_part(options, text)
     if not options.weight_rate:
         raise LowtideError("--weight-rate 0: leaves the model alone; `lowtide learn ipn` does that")
     team = join(options.windows)

@@ -29,9 +29,11 @@ NAME = "text.npy"
 
 @dataclass(frozen=True)
 class Wanted:
-    """Windows [file + sampled, window] to train on: those of a file, and those that the model writes.
+    """What to train on.
 
-    from_file: i64 [file, window], None where there is no file.
+    Attributes:
+        from_file: windows of a file, i64 [B, N]; None where there is no file.
+        sampled: (windows, tokens of each) that the model writes; (0, 0) for none.
     """
 
     from_file: torch.Tensor | None
@@ -43,37 +45,47 @@ class Wanted:
         return read + (repr(self.sampled).encode() if self.sampled[0] else b"")
 
 
+def check_part(options: IpnOptions, path: str | Path | None) -> None:
+    """LowtideError if a part is to be written beside a file that is not given."""
+    if options.own_text and path is None:
+        raise LowtideError(
+            f"--own-text {options.own_text:g}: needs --text; without one the model writes all of the text"
+        )
+
+
 def wanted(dense: DenseModel, path: Path | None, tokens: int, options: IpnOptions) -> Wanted:
-    """What to train on; nothing is written yet.
+    """What to train on; nothing is written yet. Where both are to be had windows are as long as what the model writes,
+    and no more than training, or finding clusters, can look at.
 
     Raises:
-        LowtideError: the file cannot be read, or has less than a window; `options.own` without a file.
+        LowtideError: the file cannot be read, or has less than a window.
     """
     if path is None:
-        if options.own:
-            raise LowtideError(f"--own {options.own:g}: needs --text; without one the model writes all of the text")
         return Wanted(None, sampled_shape(dense, tokens, options))
-    if not options.own:
+    if not options.own_text:
         return Wanted(file_windows(dense, path, tokens, options.seed), (0, 0))
     useful, window = sampled_shape(dense, tokens, options)
-    count = max(useful, min(tokens, tokens_for(dense)) // window)
-    found = file_windows(dense, path, round((1 - options.own) * count) * window, options.seed, window)
+    clustered = min(tokens, tokens_for(dense)) // window if options.centroids else 0
+    count = max(useful, clustered)
+    found = file_windows(dense, path, round((1 - options.own_text) * count) * window, options.seed, window)
     # As many as the file has windows for: a short one is not to drown in what is written beside it.
-    return Wanted(found, (max(1, round(len(found) * options.own / (1 - options.own))), window))
+    part = round(len(found) * options.own_text / (1 - options.own_text))
+    return Wanted(found, (max(1, min(part, count - len(found))), window))
 
 
 def windows(
     team: Parallel, dense: DenseModel, of: Wanted, options: IpnOptions, work: Path, report: Report
 ) -> torch.Tensor:
-    """The windows, in an order that is drawn where they are of both kinds."""
+    """The windows i64 [B, N]. Both kinds lie evenly in one another, so that the last ones, which are held out, are of
+    both."""
     if not of.sampled[0]:
         assert of.from_file is not None
         return of.from_file
     written = sampled_windows(team, dense, of.sampled, options.seed, work, report)
     if of.from_file is None:
         return written
-    both = torch.cat([of.from_file, written])
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(options.seed))]
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (of.from_file, written)])
+    return torch.cat([of.from_file, written])[places.argsort(stable=True)]
 
 
 def file_windows(dense: DenseModel, path: Path, tokens: int, seed: int, window: int = FILE_WINDOW) -> torch.Tensor:
