@@ -131,6 +131,15 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_step(source, tmp_path, mon
     assert all(np.isfinite(t).all() for n, t in tensors(tmp_path / "out").items() if n.endswith("ipn_importance"))
 
 
+def test_a_part_that_the_model_writes_is_trained_on(source, tmp_path):
+    told = []
+    options = dataclasses.replace(FAST, own_text=0.5)
+    given = (source / "artifact", source / "model", tmp_path / "out", options, source / "text")
+    learn_ipn(*given, tokens=8 * 32, report=lambda *say: told.append(say))
+    assert [total for stage, _, total in told if stage == "sample"][-1] == 32  # the one round of four windows
+    assert not (tmp_path / "out.partial").exists() and (tmp_path / "out" / "lowtide.json").exists()
+
+
 def test_the_command_prints_figures_and_says_when_it_diverged(source, tmp_path, capsys):
     app = typer.main.get_command(learn.app)
     paths = [str(source / "artifact"), str(source / "model"), str(tmp_path / "out")]

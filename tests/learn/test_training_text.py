@@ -111,6 +111,13 @@ def test_a_file_and_the_model_give_their_parts(mixed):
     assert fewer.sampled == (7, 32) and fewer.from_file is not None and len(fewer.from_file) == 7
 
 
+def test_windows_of_a_file_are_as_long_as_what_the_model_writes(mixed, monkeypatch):
+    monkeypatch.setattr(training_text, "SAMPLED_WINDOW", 24)  # of 32 positions
+    found, ids, read = mixed(1000, 0.5)
+    assert found.from_file is not None and found.from_file.shape[1] == ids.shape[1] == 24
+    assert sum(read) == found.sampled[0] == len(ids) // 2
+
+
 def test_what_is_wanted_tells_how_much_the_model_writes(mixed):
     found, _, _ = mixed(1000, 0.25)
     assert found.key() != dataclasses.replace(found, sampled=(6, 32)).key()
