@@ -165,8 +165,8 @@ class Bench:
         both = total = 0.0
         for margins in at.margins.values():
             m = (margins > 0).float()
-            both += float((m[:, 1:] * m[:, :-1]).sum())
-            total += float(m[:, 1:].sum())
+            both += float((m[:, :, 1:] * m[:, :, :-1]).sum())
+            total += float(m[:, :, 1:].sum())
         return both / max(total, 1.0)
 
 

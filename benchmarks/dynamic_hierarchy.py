@@ -66,8 +66,8 @@ def rows(options: argparse.Namespace, subject: Subject) -> Iterator[Row]:
     """All configurations, then the checks, for every policy."""
     bench: list[Any] = []
     stored, has = subject.artifact.manifest.policies, subject.artifact.manifest.ipn
-    if has is not None and has["centroids"] and options.scores == ",".join(SCORES):
-        stored = [policy for policy in stored if policy != "ipn"]  # nested masks know one mean only
+    if has is not None and (has["centroids"] or has["factors"]) and options.scores == ",".join(SCORES):
+        stored = [policy for policy in stored if policy != "ipn"]  # nested masks know one mean and one mask only
     checks = [int(part) for part in options.checks.split(",") if part]
     for policy in (p for p in options.scores.split(",") if p in stored):
         names = [*filter(None, options.hierarchies.split(";")), *(f"check every {n} tokens" for n in checks)]

@@ -20,19 +20,20 @@ static int64_t ahead_of(int64_t bytes) {
 class Requests {
  public:
   Requests() = default;
-  Requests(const Pass &p, const Selection &s) {
+  explicit Requests(const Pass &p) {
     const lt_linear &l = *p.layer;
     const Tiling t(l.out);
     const int64_t first = t.first(p.begin), rows = t.first(p.end - 1) + t.rows(p.end - 1) - first;
     run_bytes_ = t.run_bytes();
     bytes_ = t.byte_offset(p.end - 1) + t.width(p.end - 1) / 4 - t.byte_offset(p.begin);
     base_ = l.weight + t.byte_offset(p.begin);
-    run_ = p.guess ? nullptr : s.run.data();  // a guess: every channel's coarsest digits
-    entries_ = p.guess ? p.guess->in : s.class_begin[s.slices];
-    if (p.guess)
+    const Selection *const s = p.selection;
+    run_ = s ? s->run.data() : nullptr;  // a guess: every channel's coarsest digits
+    entries_ = s ? s->class_begin[s->slices] : p.guess->in;
+    if (!s)
       for (const lowtide::Span &span : p.guess->side) add(span.from, span.bytes);
     add(l.row_scale + first, 2 * rows);
-    if (const uint16_t *bias = lowtide::bias_of(l, p.guess ? p.guess->code : s.code)) add(bias + first, 2 * rows);
+    if (const uint16_t *bias = lowtide::bias_of(l, s ? s->code : p.guess->code)) add(bias + first, 2 * rows);
     const int64_t outlier = l.outlier_ptr[p.begin], count = l.outlier_ptr[p.end] - outlier;
     const int64_t few = count < 1024 ? count : 1024;
     add(l.outlier_row + outlier, few);

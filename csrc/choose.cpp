@@ -15,7 +15,7 @@ void Engine::thresholds_of(int tid, Sequence &seq, int64_t row, const float *x, 
   Worker &w = workers_[tid];
   const float *params = policy.params + row * LT_MAX_SLICES;
   const float factor = (float)std::exp2(policy.log2_offset);
-  float *sc = w.selection.score.data();
+  float *sc = w.selections[0].score.data();
   *score = nullptr;
   for (int64_t s = 0; s < g.slices; ++s) out[s] = params[s] * factor;
   switch (policy.rule) {
@@ -41,7 +41,7 @@ void Engine::thresholds_of(int tid, Sequence &seq, int64_t row, const float *x, 
       break;
     case LT_TOPK: {
       k_.scores(g, x, true, sc);
-      float *rank = w.selection.rank.data();
+      float *rank = w.selections[0].rank.data();
       std::copy(sc, sc + g.in, rank);
       for (int64_t s = 0; s < g.slices; ++s) {  // the count-th largest score is the last one read
         const int64_t count = std::clamp<int64_t>((int64_t)std::ceil(params[s] / factor), 0, g.in);
@@ -83,14 +83,16 @@ void Engine::thresholds_of(int tid, Sequence &seq, int64_t row, const float *x, 
 // What the input is measured from: the group's mean, or under LT_IPN a centroid if there are any.
 void Engine::locate(int tid, Sequence &seq, const lt_group &g, const float *x) {
   Worker &w = workers_[tid];
-  Selection &s = w.selection;
-  s.mean = g.mean;
-  s.code = kOwnMean;
-  if (!w.ipn || !g.ipn_centroids) return;
-  int64_t &last = seq.features_[tid].code;
-  if (g.ipn_keys) last = k_.code(g, x);
-  s.code = last;
-  s.mean = g.ipn_mean + last * g.in;
+  int64_t code = kOwnMean;
+  if (w.ipn && g.ipn_centroids) {
+    int64_t &last = seq.features_[tid].code;
+    if (g.ipn_keys) last = k_.code(g, x);
+    code = last;
+  }
+  for (Selection &s : w.selections) {
+    s.mean = code == kOwnMean ? g.mean : g.ipn_mean + code * g.in;
+    s.code = code;
+  }
 }
 
 // What this input reads of the group; the first thread notes how many bits that is.
@@ -101,12 +103,21 @@ void Engine::choose(int tid, Sequence &s, int64_t group, const float *x, const l
   const float *score;
   thresholds_of(tid, s, group, x, policy, thresholds, &score);
   const bool ipn = w.ipn = policy.rule == LT_IPN;
+  const float *const factor = ipn ? g.ipn_factor : nullptr;
   locate(tid, s, g, x);
-  k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, thresholds, w.selection);
+  for (int64_t i = 0; i < g.linear_count; ++i) {
+    int64_t &which = w.which[i];
+    which = 0;
+    while (factor && which < i && factor[which] != factor[i]) ++which;
+    if (which < i) continue;
+    float own[LT_MAX_SLICES];
+    for (int64_t k = 0; k < g.slices; ++k) own[k] = factor ? thresholds[k] * factor[i] : thresholds[k];
+    k_.select(g, x, score, ipn ? g.ipn_importance : g.importance, own, w.selections[i]);
+  }
   if (tid != 0) return;
-  int64_t rows = 0;
-  for (int64_t i = 0; i < g.linear_count; ++i) rows += g.linear[i].out;
-  s.bits_[group] = 2 * w.selection.read_levels() * rows + (ipn ? g.ipn_side_bits : g.side_bits);
+  int64_t bits = ipn ? g.ipn_side_bits : g.side_bits;
+  for (int64_t i = 0; i < g.linear_count; ++i) bits += 2 * w.selection(i).read_levels() * g.linear[i].out;
+  s.bits_[group] = bits;
 }
 
 }  // namespace lowtide

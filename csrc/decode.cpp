@@ -67,7 +67,8 @@ bool Passes::next(Pass &pass) {
     const int64_t count = Tiling(l.out).count;
     const int64_t begin = share_.begin - before_, end = std::min(share_.end - before_, count);
     if (begin < end) {
-      pass = {&l, begin, std::min(end, begin + kPassTiles), nullptr};
+      const Selection *const selection = worker_ ? &worker_->selection(linear_) : nullptr;
+      pass = {&l, begin, std::min(end, begin + kPassTiles), selection, nullptr};
       share_.begin = before_ + pass.end;
       return true;
     }
@@ -84,7 +85,7 @@ bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
   const int64_t half = 2 * g.in, features = ipn ? 4 * g.ipn_features : 0;
   const int64_t centroids = ipn ? g.ipn_centroids : 0, keys = g.ipn_key_channels;
   // Without keys the centroid is that of the group before.
-  const int64_t code = !centroids ? kOwnMean : g.ipn_keys ? kUnknown : workers_[tid].selection.code;
+  const int64_t code = !centroids ? kOwnMean : g.ipn_keys ? kUnknown : workers_[tid].selections[0].code;
   const uint16_t *const mean = !centroids ? g.mean : code < 0 ? nullptr : g.ipn_mean + code * g.in;
   guess = {by_entries_[group] ? 0 : g.in,  // there the threads' channels, not rows, are still to be shared out
            code,
@@ -100,7 +101,7 @@ bool Engine::guess(int tid, int64_t group, Pass &pass, Guess &guess) const {
             {g.ipn_scale, features},
             {g.ipn_bias, features},
             {g.ipn_mix, features}}};
-  const bool any = Passes(g, tid, pool_.size()).next(pass);
+  const bool any = Passes(g, tid, pool_.size(), nullptr).next(pass);
   pass.guess = &guess;
   return any;
 }
@@ -110,18 +111,18 @@ void Engine::product(int tid, int64_t group, float *const *y, bool accumulate) {
   if (by_entries_[group]) return share_entries(tid, group, y, accumulate);
   const lt_group &g = groups_[group];
   Worker &w = workers_[tid];
-  Passes passes(g, tid, pool_.size());
+  Passes passes(g, tid, pool_.size(), &w);
   Pass pass{}, next{};
   Guess after;
   bool more = passes.next(pass);
-  if (more) k_.ask(pass, w.selection);
+  if (more) k_.ask(pass);
   for (const lt_linear *listed = nullptr; more; pass = next) {
     float *to = y[passes.linear()] + Tiling(pass.layer->out).first(pass.begin);
-    if (pass.layer != listed) k_.offsets(*pass.layer, w.selection);
+    if (pass.layer != listed) k_.offsets(*pass.layer, w.selection(passes.linear()));
     listed = pass.layer;
     more = passes.next(next);
     const bool ask = more || guess(tid, group + 1, next, after);
-    k_.tiles(g, pass, w.selection, accumulate, w.acc.data(), to, ask ? &next : nullptr);
+    k_.tiles(g, pass, accumulate, w.acc.data(), to, ask ? &next : nullptr);
   }
 }
 
@@ -133,12 +134,14 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
   Worker &w = workers_[tid];
   const int turn = w.turn;
   w.turn ^= 1;
-  w.selection.keep(tid, threads);
+  for (int64_t i = 0; i < g.linear_count; ++i)
+    if (w.which[i] == i) w.selections[i].keep(tid, threads);
   int32_t *to = w.sums(turn);
   for (int64_t i = 0; i < g.linear_count; ++i) {
-    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count, nullptr}, w.selection);
-    k_.offsets(g.linear[i], w.selection);
-    k_.partial(g.linear[i], w.selection, to);
+    Selection &selection = w.selection(i);
+    k_.ask({&g.linear[i], 0, Tiling(g.linear[i].out).count, &selection, nullptr});
+    k_.offsets(g.linear[i], selection);
+    k_.partial(g.linear[i], selection, to);
     to += g.slices * Tiling(g.linear[i].out).count * 256;
   }
   pool_.barrier();
@@ -154,7 +157,7 @@ void Engine::share_entries(int tid, int64_t group, float *const *y, bool accumul
     const int32_t *sums[kMaxSharers];
     for (int p = 0; p < threads; ++p) sums[p] = workers_[p].sums(turn) + place;
     if (begin < end) {
-      k_.combine(g, {&l, begin, end, nullptr}, w.selection, accumulate, sums, threads, y[i] + t.first(begin),
+      k_.combine(g, {&l, begin, end, &w.selection(i), nullptr}, accumulate, sums, threads, y[i] + t.first(begin),
                  ask ? &after : nullptr);
       ask = false;  // once is enough
     }
@@ -185,14 +188,14 @@ void Engine::refine(int tid, Sequence &s, const lt_step &step) {
     if (!(s.leading_[k] >= least)) continue;
     if (!rows) {
       choose(tid, s, group, w.normed.data(), *step.policy);
-      k_.offsets(l, w.selection);
+      k_.offsets(l, w.selection());
     }
     rows += t.rows(k);
     if (found++ % pool_.size() != tid) continue;
-    const Pass pass{&l, k, k + 1, nullptr};
-    k_.tiles(groups_[group], pass, w.selection, false, w.acc.data(), step.logits + t.first(k), nullptr);
+    const Pass pass{&l, k, k + 1, &w.selection(), nullptr};
+    k_.tiles(groups_[group], pass, false, w.acc.data(), step.logits + t.first(k), nullptr);
   }
-  if (tid == 0) s.bits_[group] = coarse + 2 * w.selection.read_levels() * rows;
+  if (tid == 0) s.bits_[group] = coarse + 2 * w.selection().read_levels() * rows;
 }
 
 // Keys and values of this token go into the cache.

@@ -59,7 +59,7 @@ Engine::Engine(const lt_model &model, int threads, const Kernels *kernels)
     if (by_entries_.back()) sums = std::max(sums, g.slices * tiles * 256);
   }
   for (Worker &w : workers_) {
-    w.selection.reserve(max_in);
+    for (Selection &s : w.selections) s.reserve(max_in);
     for (auto &buffer : w.partial) buffer.resize(sums ? (size_t)sums + 16 : 0);
     w.normed.resize((size_t)m.hidden);
     w.hidden.resize((size_t)m.intermediate);

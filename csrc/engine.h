@@ -54,7 +54,9 @@ struct ZeroedMemory {
 
 // What one thread needs for itself.
 struct Worker {
-  Selection selection;
+  Selection selections[3];       // of the group at hand; layers with the same thresholds share one
+  int64_t which[3] = {};         // of them is each layer's: the first layer's that reads the same
+  Selection &selection(int64_t layer = 0) { return selections[which[layer]]; }
   std::vector<float> normed;     // [hidden]
   std::vector<float> hidden;     // [intermediate] activated FFN neurons
   std::vector<int32_t> partial[2];  // digit sums of this thread's entries, for two products in turn; 64 bytes to align
@@ -155,13 +157,15 @@ Share share_of(const lt_group &g, int tid, int threads);
 // A thread's tiles of a group, pass by pass.
 class Passes {
  public:
-  Passes(const lt_group &g, int tid, int threads) : group_(g), share_(share_of(g, tid, threads)) {}
+  Passes(const lt_group &g, int tid, int threads, Worker *w)  // w: has the selections; null: they are not known yet
+      : group_(g), share_(share_of(g, tid, threads)), worker_(w) {}
   bool next(Pass &pass);  // false after the last one
   int64_t linear() const { return linear_; }  // which of the group's the last pass belongs to
 
  private:
   const lt_group &group_;
   Share share_;              // what is left
+  Worker *const worker_;
   int64_t linear_ = 0, before_ = 0;  // tiles of the layers before this one
 };
 

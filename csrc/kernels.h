@@ -69,7 +69,8 @@ struct HeadCache {
 struct Pass {
   const lt_linear *layer;
   int64_t begin, end;
-  const struct Guess *guess;  // null where the selection is known
+  const Selection *selection;  // what the layer reads; null where that is not known yet,
+  const struct Guess *guess;   // which this takes the place of
 };
 
 struct Span {
@@ -100,17 +101,17 @@ struct Kernels {
   // LT_IPN: which centroid the group's keys find for the input x.
   int64_t (*code)(const lt_group &g, const float *x);
   // Asks memory for what a pass begins with.
-  void (*ask)(const Pass &p, const Selection &s);
-  // A pass over one linear layer: y f32 points to its first tile's first row. s.offset must hold this matrix' offsets;
-  // acc is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, once its own weights have come.
-  void (*tiles)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
-                const Pass *next);
+  void (*ask)(const Pass &p);
+  // A pass over one linear layer: y f32 points to its first tile's first row. Its selection's `offset` must hold this
+  // matrix' offsets; acc is scratch, i32 [kPassTiles * 256]. Asks for `next`, where there is one, once its own weights
+  // have come.
+  void (*tiles)(const lt_group &g, const Pass &p, bool accumulate, int32_t *acc, float *y, const Pass *next);
   // The same in two steps, for a matrix of at most kPassTiles tiles whose entries threads share out (Selection::keep).
   // First the digit sums of the entries in s, acc i32 [slices, tiles * 256]; s.offset must hold this matrix' offsets.
   void (*partial)(const lt_linear &l, const Selection &s, int32_t *acc);
   // Then a pass over the sums of all threads, which are whole numbers: their order makes no difference.
-  void (*combine)(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, const int32_t *const *sums,
-                  int threads, float *y, const Pass *next);
+  void (*combine)(const lt_group &g, const Pass &p, bool accumulate, const int32_t *const *sums, int threads, float *y,
+                  const Pass *next);
   void (*rmsnorm)(const float *x, const float *gain, int64_t n, float eps, float *y);
   void (*swiglu)(const float *gate, const float *up, int64_t n, float *y);
   void (*rope)(float *head, const float *cosine, const float *sine, int64_t head_dim);

@@ -91,10 +91,10 @@ static void add_class(const Selection &s, int k, const int32_t *rows, int64_t wi
 
 // Everything after the digits for a pass' tiles, whose sums lie one after the other in `sum`, which may be y; meanwhile
 // memory is asked for what comes next.
-static void write_tiles(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, float *sum, float *y,
-                        const Pass *next) {
+static void write_tiles(const lt_group &g, const Pass &p, bool accumulate, float *sum, float *y, const Pass *next) {
   const Tiling t(p.layer->out);
-  Requests requests = next ? Requests(*next, s) : Requests();
+  const Selection &s = *p.selection;
+  Requests requests = next ? Requests(*next) : Requests();
   const uint16_t *const bias = lowtide::bias_of(*p.layer, s.code);
   for (int64_t i = p.begin; i < p.end; ++i) {
     scale_and_correct(g, *p.layer, bias, i, s.a.data(), sum, requests);
@@ -109,11 +109,11 @@ static void write_tiles(const lt_group &g, const Pass &p, const Selection &s, bo
   requests.beginning();
 }
 
-static void ask(const Pass &p, const Selection &s) { Requests(p, s).beginning(); }
+static void ask(const Pass &p) { Requests(p).beginning(); }
 
-static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, int32_t *acc, float *y,
-                  const Pass *next) {
+static void tiles(const lt_group &g, const Pass &p, bool accumulate, int32_t *acc, float *y, const Pass *next) {
   const lt_linear &l = *p.layer;
+  const Selection &s = *p.selection;
   const int64_t begin = p.begin, end = p.end;
   const Tiling t(l.out);
   const int64_t wide = (end < t.wide ? end : t.wide) - begin > 0 ? (end < t.wide ? end : t.wide) - begin : 0;
@@ -137,7 +137,7 @@ static void tiles(const lt_group &g, const Pass &p, const Selection &s, bool acc
     first_class = false;
   }
   if (first_class) std::memset(sum, 0, (size_t)bytes * 16);
-  write_tiles(g, p, s, accumulate, sum, y, next);
+  write_tiles(g, p, accumulate, sum, y, next);
 }
 
 static void partial(const lt_linear &l, const Selection &s, int32_t *acc) {
@@ -150,9 +150,10 @@ static void partial(const lt_linear &l, const Selection &s, int32_t *acc) {
   }
 }
 
-static void combine(const lt_group &g, const Pass &p, const Selection &s, bool accumulate, const int32_t *const *sums,
-                    int threads, float *y, const Pass *next) {
+static void combine(const lt_group &g, const Pass &p, bool accumulate, const int32_t *const *sums, int threads,
+                    float *y, const Pass *next) {
   const lt_linear &l = *p.layer;
+  const Selection &s = *p.selection;
   const int64_t begin = p.begin, end = p.end;
   const Tiling t(l.out);
   alignas(64) float sum[lowtide::kPassTiles * 256];
@@ -171,7 +172,7 @@ static void combine(const lt_group &g, const Pass &p, const Selection &s, bool a
     }
     to += width;
   }
-  write_tiles(g, p, s, accumulate, sum, y, next);
+  write_tiles(g, p, accumulate, sum, y, next);
 }
 
 static float sum(const void *p, int64_t bytes) {

@@ -15,7 +15,7 @@ extern "C" {
 #define LT_MAX_SLICES 4
 #define LT_MAX_FEATURES 64
 #define LT_MAX_KEY_CHANNELS 128
-#define LT_ABI_VERSION 7
+#define LT_ABI_VERSION 8
 
 /* One linear layer. f16 values are IEEE half precision bit patterns. */
 typedef struct {
@@ -52,6 +52,7 @@ typedef struct {
   const int8_t *ipn_probe;       /* [H, in], null but for qkv and gate_up, as are the next two */
   const float *ipn_scale;        /* [H] */
   const float *ipn_bias;         /* [H] */
+  const float *ipn_factor;       /* [linear_count], of the thresholds of each layer; null: one selection for all */
   /* Centroids of the inputs, under LT_IPN only; all null and 0 in artifacts without. A token's centroid takes the place
    * of the mean, and its row of ipn_base that of the bias. */
   int64_t ipn_centroids;         /* K */

@@ -47,7 +47,7 @@ def test_every_group_equals_the_reference_kernel(tmp_path, options, policy):
             expected.append(ops.graded_linear(group, linear, planes, x, levels))
         gate_ = None if gate is None else torch.from_numpy(gate)
         y, ours = masked.product(name, torch.from_numpy(x), rule, params_, gate_)
-        assert np.array_equal(ours.numpy(), levels)
+        assert all(np.array_equal(own.numpy(), levels) for own in ours)
         np.testing.assert_allclose(y.numpy(), np.concatenate(expected, 1), atol=2e-5)
 
 
@@ -66,9 +66,11 @@ def test_whole_model_agrees_with_the_reference_engine(tmp_path, options):
     assert bits == pytest.approx(np.mean([s.body_bits for s in stats]) / weights, rel=5e-3)
 
 
-@pytest.mark.parametrize("base, centroids", [(DEFAULT, 1), (DEFAULT, 5), (ODD, 64)])
-def test_groups_measured_from_centroids_equal_the_reference_kernel(tmp_path, base, centroids):
-    artifact = open_artifact(make_artifact(tmp_path / "tiny", base, policies=POLICIES, centroids=centroids))
+@pytest.mark.parametrize("base, centroids, factors", [(DEFAULT, 1, False), (DEFAULT, 5, True), (ODD, 64, True)])
+def test_groups_measured_from_centroids_equal_the_reference_kernel(tmp_path, base, centroids, factors):
+    """And q, k and v under thresholds of their own."""
+    options = {"policies": POLICIES, "centroids": centroids, "factors": factors}
+    artifact = open_artifact(make_artifact(tmp_path / "tiny", base, **options))
     masked, rule, chosen = masked_model(artifact), get_rule("ipn"), params(artifact, "ipn", 1)
     reference, rng, code = ReferenceEngine(artifact), np.random.default_rng(0), None
     for name, params_ in chosen.items():
@@ -80,13 +82,15 @@ def test_groups_measured_from_centroids_equal_the_reference_kernel(tmp_path, bas
             code = near
             assert np.array_equal(there.numpy(), near)
         middle = reference.middle(name, rule, code)
-        levels = rule.levels(middle.stats, x, params_)
+        factor = group.ipn.factor if factors and name.endswith("qkv") else np.ones(len(group.linears), np.float32)
+        levels = [rule.levels(middle.stats, x, params_ * own) for own in factor]
         expected = [
-            ops.graded_linear(group, linear, reference.digits(group, linear), x, levels, middle.mean, bias)
-            for linear, bias in zip(group.linears, middle.bias, strict=True)
+            ops.graded_linear(group, linear, reference.digits(group, linear), x, own, middle.mean, bias)
+            for linear, own, bias in zip(group.linears, levels, middle.bias, strict=True)
         ]
         y, ours = masked.product(name, torch.from_numpy(x), rule, params_, code=torch.from_numpy(code))
-        assert np.array_equal(ours.numpy(), levels)
+        assert all(np.array_equal(own.numpy(), wanted) for own, wanted in zip(ours, levels, strict=True))
+        assert len({own.sum() for own in levels}) == len(set(factor.tolist()))
         np.testing.assert_allclose(y.numpy(), np.concatenate(expected, 1), atol=2e-5)
 
 
@@ -101,7 +105,8 @@ def test_the_rule_ipn_wants_the_centroids(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"base": ODD, "features": 5}, {"centroids": 5}, {"base": ODD, "centroids": 64}]
+    "options",
+    [{}, {"base": ODD, "features": 5}, {"centroids": 5, "factors": True}, {"base": ODD, "centroids": 64}],
 )
 def test_the_ipn_moves_every_token_by_itself(tmp_path, options):
     artifact = open_artifact(make_artifact(tmp_path / "tiny", policies=("ipn",), **options))

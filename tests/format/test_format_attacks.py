@@ -231,8 +231,8 @@ def test_path_escaping_the_folder(folder: Path, escape: str) -> None:
 
 
 def test_newer_format_version(folder: Path) -> None:
-    write_manifest(folder, {"format_version": 5, "something": "else"})
-    refuse(folder, "format_version 5 is newer than 4; update lowtide")
+    write_manifest(folder, {"format_version": 6, "something": "else"})
+    refuse(folder, "format_version 6 is newer than 5; update lowtide")
 
 
 def test_duplicate_keys(folder: Path) -> None:

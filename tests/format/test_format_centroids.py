@@ -24,7 +24,7 @@ from lowtide.format.repack import repack
 K, C = 5, 32
 POLICIES = ("ipn", "channel-norm")
 QKV, OUT = "lowtide.layers.0.qkv", "lowtide.layers.0.o"
-INFO = {"features": 16, "low": 4.0, "high": 6.0, "centroids": K, "key_channels": C}
+INFO = {"features": 16, "low": 4.0, "high": 6.0, "centroids": K, "key_channels": C, "factors": 0}
 
 
 def make(path: Path, base: Tiny = DEFAULT, **options: Any) -> Path:
@@ -111,7 +111,8 @@ def test_attach_adds_centroids_and_takes_them_away(original: Path, tmp_path: Pat
         (lambda m: m["ipn"].update(key_channels=16), r"ipn_channels must be I32 \[16\], not 'I32' \[32\]"),
         (lambda m: m["ipn"].pop("centroids"), "ipn lacks field 'centroids'"),
         (lambda m: m.update(format_version=3), "ipn has an unknown field 'centroids'"),
-        (lambda m: m.update(format_version=5), "format_version 5 is newer than 4"),
+        (lambda m: m.update(format_version=5), "ipn lacks field 'factors'"),
+        (lambda m: m["ipn"].update(factors=1), "ipn has an unknown field 'factors'"),
         (lambda m: m["tensors"].pop(f"{OUT}.ipn_step"), "ipn_step' is missing"),
     ],
 )

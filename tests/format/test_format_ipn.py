@@ -52,13 +52,14 @@ def parts(artifact: Artifact, seed: int = 5, features: int = 7) -> tuple[dict[st
     return donor, {name: table.astype(np.float32) for name in donor}
 
 
-INFO = {"features": 7, "low": 4.5, "high": 5.5, "centroids": 0, "key_channels": 0}
+NONE = {"centroids": 0, "key_channels": 0, "factors": 0}
+INFO = {"features": 7, "low": 4.5, "high": 5.5} | NONE
 PROBED = {"ipn_importance", "ipn_mix", "ipn_gain", "ipn_probe", "ipn_scale", "ipn_bias"}
 
 
 def test_every_group_has_exactly_its_tensors(original: Path) -> None:
     artifact = open_artifact(original, verify="full")
-    assert artifact.manifest.ipn == {"features": 16, "low": 4.0, "high": 6.0, "centroids": 0, "key_channels": 0}
+    assert artifact.manifest.ipn == {"features": 16, "low": 4.0, "high": 6.0} | NONE
     assert read_manifest(original)["ipn"].keys() == {"features", "low", "high"}  # as older readers expect
     assert artifact.centroids() == {}
     assert artifact.manifest.format_version == 3
@@ -150,7 +151,7 @@ def test_exact_channels_have_no_learned_importance(original: Path, tmp_path: Pat
         (lambda m: m.update(ipn=None), "ipn does not fit the policies"),
         (lambda m: m.update(ipn=3), "ipn must be an object"),
         (lambda m: m.pop("ipn"), "ipn does not fit the policies"),
-        (lambda m: m.update(policies=["topk", "channel-norm"]), "format_version must be 3 or 4 if the rule ipn"),
+        (lambda m: m.update(policies=["topk", "channel-norm"]), "format_version must be 3 to 5 if the rule ipn"),
         (lambda m: m.update(format_version=2), "manifest has an unknown field 'ipn'"),
         (lambda m: m["tensors"].pop(f"{OUT}.ipn_mix"), "ipn_mix' is missing"),
         (
@@ -267,7 +268,7 @@ def test_fewer_slices_keep_the_ipn_of_the_budgets_left(tmp_path: Path) -> None:
     assert (
         found is not None
         and found.gain is not None
-        and after.manifest.ipn == {"features": 16, "low": 2.5, "high": 9, "centroids": 0, "key_channels": 0}
+        and after.manifest.ipn == {"features": 16, "low": 2.5, "high": 9} | NONE
     )
     assert len(found.gain) == len(after.manifest.budgets)
     np.testing.assert_array_equal(found.gain[-1], before.gain[-1])

@@ -61,8 +61,8 @@ def drop(*path: str) -> Change:
 
 FILE = {"bytes": 1, "sha256": SHA}
 BAD: list[tuple[Change, str]] = [
-    (put("format_version", value=4), "format_version must be 3 or 4 if the rule ipn"),
-    (put("format_version", value=5), "format_version 5 is newer than 4; update lowtide"),
+    (put("format_version", value=4), "format_version must be 3 to 5 if the rule ipn"),
+    (put("format_version", value=6), "format_version 6 is newer than 5; update lowtide"),
     (put("format_version", value=10**40), "format_version"),
     (put("format_version", value=0), "format_version must be a whole number"),
     (put("format_version", value=True), "format_version must be"),

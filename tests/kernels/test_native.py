@@ -26,9 +26,15 @@ SHAPES = {
     "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
     "one-centroid": dataclasses.replace(ODD, centroids=1),
     "five-centroids": Tiny(slices=2, qkv_bias=True, centroids=5),
+    "factors": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, factors=True),
+    # rows of q, k and v are so short that threads share out entries, each layer's own
+    "short-factors": Tiny(hidden=320, intermediate=70, layers=1, heads=4, kv_heads=2, head_dim=20, factors=True),
     "odd-centroids": dataclasses.replace(ODD, layers=2, centroids=64, key_channels=32),
     # rows of o are so short that threads share out its entries
-    "wide-centroids": Tiny(hidden=320, intermediate=70, layers=1, head_dim=20, centroids=64, key_channels=128),
+    "wide-centroids": Tiny(
+        hidden=320, intermediate=70, layers=1, head_dim=20, centroids=64, key_channels=128, factors=True
+    ),
+    "many-tiles-factors": Tiny(hidden=320, intermediate=64, layers=1, heads=40, kv_heads=20, head_dim=32, factors=True),
 }
 FEATURES = {"odd": 5, "one-slice": 1, "four-slices": 64, "wide-tiles": 19}  # 16 elsewhere
 VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]
@@ -88,12 +94,16 @@ def test_group_product_is_the_specification(artifact, rule, tail):
         near = mask_rule.code(stats, x[None])
         code = code if near is None else near
         middle = reference.middle(group.name, mask_rule, code)
-        levels = mask_rule.levels(middle.stats, x[None], params)
+        levels = mask_rule.member_levels(middle.stats, x[None], params, len(group.linears))
+        if rule == "ipn" and group.ipn.factor is not None:  # what engines and references share is what is meant
+            for own, factor in zip(levels, group.ipn.factor, strict=True):
+                np.testing.assert_array_equal(own, mask_rule.levels(middle.stats, x[None], params * factor))
+            assert len({int(own.sum()) for own in levels}) > 1
         first, first_bits = engines[0].group_product(index, x, chosen)
         assert first_bits == ops.group_bits(group, levels, rule == "ipn")[0]
-        for linear, bias, y in zip(group.linears, middle.bias, first, strict=True):
+        for linear, own, bias, y in zip(group.linears, levels, middle.bias, first, strict=True):
             planes = ops.channel_planes(ops_planes(group, linear))
-            wanted = ops.graded_linear(group, linear, planes, x[None], levels, middle.mean, bias)[0]
+            wanted = ops.graded_linear(group, linear, planes, x[None], own, middle.mean, bias)[0]
             np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
         for engine in engines[1:]:
             outs, bits = engine.group_product(index, x, chosen)

@@ -18,7 +18,7 @@ SHAPES = {
     "default": Tiny(),
     "odd": ODD,
     "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
-    "centroids": Tiny(centroids=5),
+    "centroids": Tiny(centroids=5, factors=True),
     "odd-centroids": replace(ODD, centroids=64, key_channels=32),
 }
 VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]

@@ -129,32 +129,40 @@ def test_gradients_in_int8_are_near(made, small, monkeypatch):
         assert float(near[name].norm()) == pytest.approx(float(grad.norm()), rel=0.05), name
 
 
-def test_gradients_are_those_of_the_text(exact, monkeypatch):
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_are_those_of_the_text(exact, monkeypatch, apart):
+    """Under thresholds of all rows, and of each of three layers."""
     generator = torch.Generator().manual_seed(0)
     units = [torch.randn(7, 5, generator=generator) for _ in range(3)]
     scales = [torch.rand(n, generator=generator) + 0.1 for n in (7, 5)]
     always = torch.randn(7, 5, generator=generator) * (torch.rand(7, 5, generator=generator) < 0.3)
-    rest = Always(always), torch.zeros(7), torch.zeros(5), 0
+    outs = [4, 1, 2]
+    rest = Always(always), torch.zeros(7), torch.zeros(5), 0, outs
     group = GradedGroup("layers.0.o", FloatSlices(torch.cat(units, 1), 3), *scales, *rest)
     planes = [scales[0][:, None] * unit * scales[1] for unit in units]
     monkeypatch.setattr(slices, "CHUNK", 15)  # three tokens at a time
     a, score = (torch.randn(4, 5, generator=generator, requires_grad=True) for _ in range(2))
-    theta, tau = torch.tensor([-0.5, 0.1, 0.6], requires_grad=True), 0.7
+    cuts = torch.tensor([-0.5, 0.1, 0.6])
+    theta = (cuts + torch.tensor([[-0.2], [0.3], [0.0]]) if apart else cuts).requires_grad_(True)
+    tau = 0.7
     learned = [torch.zeros(s, requires_grad=True) for s in ((7, 5), 7, 5)]
     y, count = graded._Product.apply(a, score, theta, *learned, group, tau)
     g, h = torch.randn(4, 7, generator=generator), torch.randn(4, generator=generator)
     ((y * g).sum() + (count * h).sum()).backward()
     b, s, t, rows, cols = (v.detach().clone().requires_grad_(True) for v in (a, score, theta, *learned[1:]))
-    soft = torch.sigmoid((s[None] - t[:, None, None]) / tau)
-    masks = (s[None] > t[:, None, None]).float() + soft - soft.detach()  # straight-through
-    scaled = [plane * rows.exp()[:, None] * cols.exp() for plane in planes]
-    reference = F.linear(b, always) + sum(F.linear(b * masks[k], scaled[k]) for k in range(3))
-    ((reference * g).sum() + (masks.sum((0, 2)) * h).sum()).backward()
-    assert torch.allclose(y, reference, atol=1e-5) and torch.equal(count, masks.detach().round().sum((0, 2)))
+    of = t.repeat_interleave(torch.tensor(outs), 0) if apart else t.expand(7, 3)  # of each row, [7, 3]
+    soft = torch.sigmoid((s - of[:, :, None, None]) / tau)
+    masks = (s > of[:, :, None, None]).float() + soft - soft.detach()  # straight-through, [7, 3, 4, 5]
+    scaled = torch.stack([plane * rows.exp()[:, None] * cols.exp() for plane in planes], 1)  # [7, 3, 5]
+    reference = F.linear(b, always) + torch.einsum("ti,rkti,rki->tr", b, masks, scaled)
+    opened = masks.sum((1, 3)).mean(0)
+    ((reference * g).sum() + (opened * h).sum()).backward()
+    assert torch.allclose(y, reference, atol=1e-5) and torch.allclose(count, opened, atol=1e-4)
     for ours, theirs in ((a, b), (score, s), (theta, t), (learned[1], rows), (learned[2], cols)):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
-    read = (a * (score > theta[0])).detach()
-    assert torch.allclose(learned[0].grad, scales[0][:, None] * scales[1] * (g.T @ read), atol=1e-5)
+    read = (a * (score > of[:, 0, None, None])).detach()  # [7, 4, 5]
+    wanted = scales[0][:, None] * scales[1] * torch.einsum("tr,rti->ri", g, read)
+    assert torch.allclose(learned[0].grad, wanted, atol=1e-5)
 
 
 def test_the_heads_gradient_is_autograds_masks_held(made, small, exact, monkeypatch):

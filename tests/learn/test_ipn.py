@@ -124,7 +124,9 @@ def test_parts_that_do_not_learn_are_not_there():
 def group_of(name: str, out: int, inputs: int) -> GradedGroup:
     nothing = Always(torch.zeros(out, inputs))
     scales = torch.ones(out), torch.ones(inputs)
-    return GradedGroup(name, FloatSlices(torch.zeros(0), 0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), 0)
+    return GradedGroup(
+        name, FloatSlices(torch.zeros(0), 0), *scales, nothing, torch.zeros(out), torch.zeros(inputs), 0, [out]
+    )
 
 
 class Model:
@@ -165,8 +167,8 @@ def test_the_l1_term_is_the_mean_of_soft_masks():
     for name, margins in at.margins.items():
         out = model.groups[name].out
         soft = torch.sigmoid(margins / at.tau)
-        total += out * float(soft.mean((0, 1)).sum())
-        weights += out * margins.shape[2]
+        total += out * float(soft.mean((0, 1, 2)).sum())
+        weights += out * margins.shape[3]
     assert float(mean_open(model, at)) == pytest.approx(total / weights, rel=1e-5)
 
 
@@ -174,7 +176,7 @@ def test_equal_tokens_are_at_rest():
     ipn = make()
     at, model = passes(ipn), Model(ipn)
     moving = float(unrest(model, at, 4))
-    at.margins = {n: m[:, :1].expand_as(m) for n, m in at.margins.items()}
+    at.margins = {n: m[:, :, :1].expand_as(m) for n, m in at.margins.items()}
     still = float(unrest(model, at, 4))
     assert still < moving and still < 0.1
 

@@ -61,11 +61,11 @@ def test_gradients_keep_nothing_that_all_thresholds_share(learner):
         delta = learner.ipn.get(name, "delta")
         if delta is not None:
             delta.grad = torch.rand(delta.shape) + 1
-            density[name] = torch.rand(delta.shape)
+            density[name] = torch.rand(1, *delta.shape)
     first = next(iter(density))
     kept = learner.ipn.get(first, "delta").grad.clone()
     project(learner.ipn, density)
     grads = {name: learner.ipn.get(name, "delta").grad for name in density}
     assert abs(float(sum(g.sum() for g in grads.values()))) < 1e-4
     taken = kept - grads[first]
-    assert torch.allclose(taken / density[first], (taken / density[first])[0])
+    assert torch.allclose(taken / density[first][0], (taken / density[first][0])[0])

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from support.joint import make_learner
+from support.joint import Threads, make_learner
 
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
@@ -23,22 +23,6 @@ OPTIONS = ["--bits", "4", "--high", "5", "--steps", "12", "--windows", "4", "--w
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install accelerate"
 )
-
-
-class Threads(Parallel):
-    """Two processes, played by threads."""
-
-    world = 2
-
-    def __init__(self, rank, barrier, slots):
-        self.rank, self.barrier, self.slots = rank, barrier, slots
-
-    def reduce_mean(self, tensor):
-        self.slots[self.rank] = tensor
-        self.barrier.wait(60)
-        mean = (self.slots[0] + self.slots[1]) / 2
-        self.barrier.wait(60)
-        return mean
 
 
 def gradients(learner, number, out):

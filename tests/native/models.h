@@ -76,7 +76,7 @@ struct Group {
   // The importance prediction network: a mix but in the head, a probe in qkv and gate_up.
   int64_t features = 0;
   std::vector<uint16_t> learned;
-  std::vector<float> mix, scale, bias;
+  std::vector<float> mix, scale, bias, factor;
   std::vector<int8_t> probe;
   // Centroids, and keys that find them in qkv, gate_up and the head.
   int64_t centroids = 0;
@@ -94,6 +94,7 @@ struct Group {
     g.ipn_features = features, g.ipn_importance = learned.data();
     if (!mix.empty()) g.ipn_mix = mix.data();
     if (!probe.empty()) g.ipn_probe = probe.data(), g.ipn_scale = scale.data(), g.ipn_bias = bias.data();
+    if (!factor.empty()) g.ipn_factor = factor.data();
     g.ipn_centroids = centroids, g.ipn_key_channels = (int64_t)channels.size();
     if (centroids) g.ipn_mean = middles.data();
     if (!keys.empty()) {
@@ -184,6 +185,7 @@ void add_ipn(Random &random, int64_t kind, int64_t features, Group &g) {
   for (uint16_t importance : g.importance) g.learned.push_back(importance ? random.half(12, 16) : 0);
   if (kind > 3) return;
   g.features = features;
+  if (kind == 0 && features % 2) g.factor = {1.75f, 1.0f, 0.625f};  // q, k and v apart, in some models
   for (int64_t k = 0; k <= features; ++k) g.mix.push_back(random.within(1.0f));
   for (int64_t k = 0; k < features && kind % 2 == 0; ++k) {
     for (int64_t j = 0; j < g.in; ++j) g.probe.push_back((int8_t)(random.below(256) - 128));

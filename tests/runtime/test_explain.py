@@ -111,7 +111,7 @@ def test_long_texts_go_through_in_parts_and_describe_the_extremes(tmp_path):
     assert all(layer["weights"] and all(layer["channels"]) for d in found.details.values() for layer in d["layers"])
 
 
-CENTROIDS = {"policies": ("ipn",), "centroids": 5}
+CENTROIDS = {"policies": ("ipn",), "centroids": 5, "factors": True}
 
 
 @pytest.mark.parametrize("options", [{}, {"zero": True}, {"exact": 0, "outliers": 0.0}, {"base": ODD}, CENTROIDS])
@@ -123,8 +123,8 @@ def test_the_strongest_weights_are_those_of_brute_force(tmp_path, options):
         for m, linear in enumerate(group.linears):
             read = np.stack([group.dequantise(m, level) for level in range(group.slices + 1)])
             columns = Columns(group, linear, tracer.digits(group, linear))
-            found = strongest(columns, columns.peaks(), reading, 3)
-            for t, levels in enumerate(reading.levels):
+            found = strongest(columns, columns.peaks(), reading, m, 3)
+            for t, levels in enumerate(reading.levels[m]):
                 at = read[levels, :, np.arange(group.in_features)].T + group.exact_part(m)
                 product = at * a[t]
                 best = np.sort(np.abs(product).ravel())[::-1][:3]
@@ -143,7 +143,7 @@ def test_details_are_what_the_rule_saw(several):
         for reading in readings:
             layer, kind = divmod(reading.index, 4)
             entry = detail["layers"][layer]
-            score, levels = reading.score[int(t)], reading.levels[int(t)]
+            score, levels = reading.score[int(t)], reading.levels[0][int(t)]
             assert [c for c, _, _ in entry["channels"][kind]] == np.argsort(-score, kind="stable")[:TOP].tolist()
             assert all(level == levels[c] and s == sig(score[c]) for c, level, s in entry["channels"][kind])
             assert entry["levels"][kind] == [np.count_nonzero(levels == v) for v in range(4)]

@@ -60,6 +60,7 @@ class Tiny:
     features: int = 16
     centroids: int = 0
     key_channels: int = 16
+    factors: bool = False
 
     @property
     def ipn(self) -> IpnInfo | None:
@@ -72,6 +73,7 @@ class Tiny:
             "high": self.budgets[-1],
             "centroids": self.centroids,
             "key_channels": self.key_channels if self.centroids else 0,
+            "factors": int(self.factors),
         }
 
     def config(self) -> ModelConfig:
@@ -187,7 +189,7 @@ def make_group(spec: GroupSpec, tiny: Tiny, rng: np.random.Generator) -> GroupTe
 def make_ipn(spec: GroupSpec, tiny: Tiny, exact: NDArray[np.int32]) -> IpnTensors | None:
     """A random IPN whose offsets spread over a few units of log2, some of them clipped. From a generator of its own, so
     that everything else in the artifact is the same without it."""
-    sizes = (tiny.features, len(tiny.budgets), tiny.centroids, tiny.key_channels)
+    sizes = (tiny.features, len(tiny.budgets), tiny.centroids, tiny.key_channels, tiny.factors)
     shapes = ipn_shapes(spec.name, spec.in_features, *sizes)
     if not shapes:
         return None
@@ -202,6 +204,8 @@ def make_ipn(spec: GroupSpec, tiny: Tiny, exact: NDArray[np.int32]) -> IpnTensor
         made.probe = rng.integers(-127, 128, shapes["ipn_probe"]).astype(np.int8)
         made.scale = (rng.uniform(0.5, 2, tiny.features) / 73 / spec.in_features**0.5).astype(np.float32)
         made.bias = rng.normal(0, 0.5, tiny.features).astype(np.float32)
+    if "ipn_factor" in shapes:
+        made.factor = np.float32([1.7, 1.0, 0.6] if spec.name.startswith("layers.0.") else [1.5, 1.0, 1.0])
     if "ipn_centroids" in shapes:
         _add_centroids(made, shapes, exact, rng)
     return made

@@ -83,6 +83,8 @@ def inspect(
     if manifest.ipn is not None and manifest.ipn["centroids"]:
         told = f"told apart by {manifest.ipn['key_channels']} channels"
         print(f"ipn: {manifest.ipn['centroids']} centroids of each group's inputs, {told}")
+    if manifest.ipn is not None and manifest.ipn["factors"]:
+        print("ipn: thresholds of their own for q, k and v (--thresholds shows them)")
     print_table(
         ("group", "out x in", "stored", "side", "outliers", "exact", f"{params.rule} at {bits_label(budget)}"),
         (_cells(row) for row in rows),
@@ -95,6 +97,7 @@ def inspect(
     if cuts:
         steps = [f"{cuts[0]['unit']} {s + 1}" for s in range(manifest.slices)]
         added = ["gain", "mix norm", "mix constant"] if params.gains is not None else []
+        added += ["q, k, v"] if "apart" in cuts[0] else []
         print_table(("group", *steps, *added), (_threshold_cells(row) for row in cuts))
 
 
@@ -112,11 +115,13 @@ def threshold_rows(groups: dict[str, GroupTensors], params: PolicyParams) -> lis
     Returns:
         group, unit ("log2", or for rules that do not compare scores "count" or "z"), theta (one for each slice in that
         unit; None where a slice is never read, and -64 for log2 where it always is); under the rule `ipn` gain,
-        mix_norm (Euclidean, over the features) and mix_constant, None for the head.
+        mix_norm (Euclidean, over the features) and mix_constant, None for the head; where q, k and v go apart, log2 of
+        what their thresholds are the group's times, None for other groups.
     """
     import numpy as np
 
     unit = {"topk": "count", "statistical-topk": "z"}.get(params.rule, "log2")
+    apart = any(group.ipn is not None and group.ipn.factor is not None for group in groups.values())
     rows: list[dict[str, Any]] = []
     for i, (name, group) in enumerate((n, g) for n, g in groups.items() if n != "embed"):
         cuts = params.thresholds[i].astype(np.float64)
@@ -132,6 +137,9 @@ def threshold_rows(groups: dict[str, GroupTensors], params: PolicyParams) -> lis
             row["gain"] = None if mix is None else float(params.gains[i])
             row["mix_norm"] = None if mix is None else float(np.linalg.norm(mix[:-1]))
             row["mix_constant"] = None if mix is None else float(mix[-1])
+            factor = None if group.ipn is None else group.ipn.factor
+            if apart:
+                row["apart"] = None if factor is None else np.log2(factor).tolist()
         rows.append(row)
     return rows
 
@@ -144,8 +152,13 @@ def _threshold_cells(row: dict[str, Any]) -> list[str]:
             return f"{cut:.4g}"
         return "always" if cut == -64 else f"{cut:.2f}"
 
-    added = [row[key] for key in ("gain", "mix_norm", "mix_constant") if key in row]
-    return [row["group"], *map(theta, row["theta"]), *("-" if value is None else f"{value:.3f}" for value in added)]
+    def shown(value: float | list[float] | None) -> str:
+        if isinstance(value, list):
+            return " ".join(f"{part:+.2f}" for part in value)
+        return "-" if value is None else f"{value:.3f}"
+
+    added = [row[key] for key in ("gain", "mix_norm", "mix_constant", "apart") if key in row]
+    return [row["group"], *map(theta, row["theta"]), *map(shown, added)]
 
 
 def describe(group: GroupTensors, thresholds: list[float] | None) -> dict[str, Any]:

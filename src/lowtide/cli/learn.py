@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowtide.cli.options import (
+    Apart,
     Centroids,
     CheckEvery,
     Consistency,
@@ -109,6 +110,7 @@ def ipn(
         int | None, typer.Option(help="Features of each probe. [default: those of the network it begins with, or 4]")
     ] = None,
     centroids: Centroids = None,
+    apart: Apart = None,
     parts: Annotated[str, typer.Option(help="What learns.")] = "importance,theta,offset",
     sparsity_loss: Annotated[
         str, typer.Option(help="hinge (on bits above the budget) or l1 (open masks' mean).")
@@ -145,6 +147,7 @@ def ipn(
         windows=windows,
         features=features,
         centroids=centroids,
+        apart=apart,
         own_text=own_text,
         parts=tuple(p.strip() for p in parts.split(",")),
         head=head,
@@ -179,6 +182,7 @@ def joint(
     ] = None,
     rank: Annotated[int, typer.Option(help="Learn an addition of this rank to each matrix; 0: full weights.")] = 0,
     centroids: Centroids = None,
+    apart: Apart = None,
     head: LossHead = "once",
     consistency: Consistency = 0.0,
     network: Network = None,
@@ -215,6 +219,7 @@ def joint(
         weight_rate=weight_rate,
         rank=rank,
         centroids=centroids,
+        apart=apart,
         own_text=own_text,
         head=head,
         prices=Prices(consistency=consistency),

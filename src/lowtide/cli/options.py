@@ -80,6 +80,13 @@ Network: TypeAlias = Annotated[
 LossHead: TypeAlias = Annotated[
     str, typer.Option(help="What the output head is read at, which runs should do, too: once (the budget) or full.")
 ]
+Apart: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--apart/--together",
+        help="Thresholds of their own for q, k and v. [default: as in the network it begins with, or together]",
+    ),
+]
 Centroids: TypeAlias = Annotated[
     int | None,
     typer.Option(

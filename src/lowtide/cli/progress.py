@@ -12,6 +12,7 @@ STAGES = {
     "feedback": "feeding errors back",
     "calibrate": "calibrating",
     "cluster": "clustering inputs",
+    "apart": "parting q, k and v",
     "allocate": "sharing out sparsity",
     "search": "searching",
     "prune": "pruning",

@@ -36,12 +36,17 @@ class _Group:
     exact_channels: torch.Tensor
     exact: torch.Tensor
     stats: GroupStats
-    out: int
+    outs: list[int]  # rows of each linear layer
     side_bits: int
     ipn_side_bits: int  # under the rule ipn
     has_centroids: bool
     centroid_mean: torch.Tensor | None  # f32 [K, in] and [K, out], in place of the mean and the bias
     centroid_bias: torch.Tensor | None
+
+    @property
+    def out(self) -> int:
+        """Rows of all its layers."""
+        return sum(self.outs)
 
 
 def _unpack(group: GroupTensors, centroids: Centroids | None) -> _Group:
@@ -64,7 +69,7 @@ def _unpack(group: GroupTensors, centroids: Centroids | None) -> _Group:
         exact_channels=torch.from_numpy(group.exact_channels.astype(np.int64)),
         exact=_f32([linear.exact for linear in group.linears], 1),
         stats=GroupStats.of(group).map(lambda a: torch.from_numpy(np.array(a))),
-        out=sum(linear.out_features for linear in group.linears),
+        outs=[linear.out_features for linear in group.linears],
         side_bits=8 * group.side_bytes(),
         ipn_side_bits=8 * group.side_bytes(ipn=True),
         has_centroids=group.ipn is not None and group.ipn.centroids is not None,
@@ -136,7 +141,8 @@ class MaskedModel:
                 cuts = rule.waterline(group.stats, cuts, features, 0.0 if gains is None else float(gains[full]))
                 y, levels = self.product(full, x, rule, cuts, gate.pop() if name == "down" else None, code)
                 side = group.ipn_side_bits if rule.name == "ipn" else group.side_bits
-                read += 2.0 * float(levels.sum()) * group.out + side * ids.numel()
+                read += 2.0 * sum(out * float(own.sum()) for out, own in zip(group.outs, levels, strict=True))
+                read += side * ids.numel()
                 if name == "gate_up":
                     gate.append(F.silu(y.chunk(2, -1)[0]))
                 return y
@@ -157,8 +163,8 @@ class MaskedModel:
         params: np.ndarray | torch.Tensor,  # type: ignore[type-arg]
         gate: torch.Tensor | None = None,
         code: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One group's layers: x f32 [..., in] -> (y f32 [..., out], levels i32 [..., in]).
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """One group's layers: x f32 [..., in] -> (y f32 [..., out], levels i32 [..., in] of each).
 
         params: the rule's, f32 [S] or [S, ..., 1]. code: i64 [...], the tokens' centroids, if the rule has any.
         """
@@ -169,18 +175,24 @@ class MaskedModel:
             if group.centroid_mean is None or group.centroid_bias is None or code is None:
                 raise LowtideError(f"{name}: the rule ipn measures from centroids here, and they were not given")
             stats, bias = replace(stats, mean=group.centroid_mean[code]), group.centroid_bias[code]
-        levels = rule.levels(stats, x, cuts, gate)
+        levels = rule.member_levels(stats, x, cuts, len(group.outs), gate)
         a = x - stats.mean
-        gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
-        base = a * group.col_scale * gamma
         y = bias + F.linear(a, group.outliers)
-        total = torch.zeros_like(y)
-        for s, values in enumerate(self._coefficients(base, levels, len(group.planes))):
-            total += F.linear(values, group.planes[s])
+        planes = group.planes.split(group.outs, 1)
+        total = torch.cat([self._products(group, a, *each) for each in zip(levels, planes, strict=True)], -1)
         y += total * group.row_scale
         if len(group.exact_channels):
             y += x[..., group.exact_channels] @ group.exact
         return y, levels
+
+    def _products(self, group: _Group, a: torch.Tensor, levels: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+        """a f32 [..., in] times the digits of planes f32 [S, out, in] at levels i32 [..., in]: f32 [..., out]."""
+        gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
+        values = self._coefficients(a * group.col_scale * gamma, levels, len(planes))
+        total = F.linear(values[0], planes[0])
+        for value, plane in zip(values[1:], planes[1:], strict=True):
+            total += F.linear(value, plane)
+        return total
 
     def _coefficients(self, base: torch.Tensor, levels: torch.Tensor, slices: int) -> list[torch.Tensor]:
         """Coefficient of every channel for each slice, 0 where it is not read, rounded as engines do it per class."""

@@ -34,6 +34,7 @@ IPN_FIELDS: dict[str, str] = {
     "ipn_probe": "I8",
     "ipn_scale": "F32",
     "ipn_bias": "F32",
+    "ipn_factor": "F32",
     "ipn_centroids": "I8",
     "ipn_step": "F16",
     "ipn_channels": "I32",
@@ -103,6 +104,8 @@ class IpnTensors:
         gain: float32 [B], how far each budget lets the waterline move; groups of the decoder only.
         probe: int8 [H, in]; `qkv` and `gate_up` only, like scale and bias.
         scale, bias: float32 [H].
+        factor: float32 [3], above zero: the thresholds of q, k and v are the group's times these; `qkv` only. None, if
+            they read the same channels.
         centroids: int8 [K, in], the middles of K clusters of the group's inputs in units of `step`, as differences from
             the mean; None, like all that follows, in artifacts without.
         step: float16 [in], at least 0; 0 for exact channels.
@@ -118,6 +121,7 @@ class IpnTensors:
     probe: NDArray[np.int8] | None = None
     scale: F32 | None = None
     bias: F32 | None = None
+    factor: F32 | None = None
     centroids: NDArray[np.int8] | None = None
     step: F16 | None = None
     channels: NDArray[np.int32] | None = None
@@ -136,7 +140,7 @@ class IpnTensors:
 
 
 def ipn_shapes(
-    group: str, inputs: int, features: int, budgets: int, centroids: int = 0, channels: int = 0
+    group: str, inputs: int, features: int, budgets: int, centroids: int = 0, channels: int = 0, factors: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of exactly the IPN's tensors that a group has, by field; none for `embed`."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -146,6 +150,8 @@ def ipn_shapes(
         shapes |= {"ipn_mix": (features + 1,), "ipn_gain": (budgets,)}
     if group.rpartition(".")[2] in ("qkv", "gate_up"):
         shapes |= {"ipn_probe": (features, inputs), "ipn_scale": (features,), "ipn_bias": (features,)}
+    if factors and group.rpartition(".")[2] == "qkv":
+        shapes["ipn_factor"] = (3,)
     if centroids and group != "embed":
         shapes |= {"ipn_centroids": (centroids, inputs), "ipn_step": (inputs,)}
         if group.rpartition(".")[2] in ("qkv", "gate_up", "head"):

@@ -41,7 +41,8 @@ def attach(
         out_folder: the folder to make; the same folder, with `force`, replaces the artifact.
         ipn_by_group: the IPN of every group but `embed`.
         thresholds: the rule's f32 [B, S] for the same groups, B budgets of the artifact's grid.
-        info: features of a probe, the trained range of bits_read_body, and how many centroids and key channels.
+        info: features of a probe, the trained range of bits_read_body, and how many centroids and key channels;
+            whether q, k and v have factors.
         force: replace `out_folder` if it is there.
         stats: entries that the manifest's `stats` get, or that replace theirs.
 
@@ -86,6 +87,7 @@ def attach(
                 "high": float(info["high"]),
                 "centroids": int(info.get("centroids", 0)),
                 "key_channels": int(info.get("key_channels", 0)),
+                "factors": int(info.get("factors", 0)),
             },
             coded_from=folder / WEIGHTS_NAME if coded else None,
         )

@@ -44,6 +44,7 @@ from lowtide.format.manifest_fields import (
     check_tensors,
     check_version,
     has_ipn,
+    ipn_sizes,
     version_for,
 )
 from lowtide.format.strictjson import parse_object, short
@@ -68,14 +69,15 @@ __all__ = [
     "check_shapes",
     "digest_line",
     "has_ipn",
+    "ipn_sizes",
     "version_for",
 ]
 
 CODINGS = ("packed", "entropy")
 _SINCE_2 = ("zero", "coding", "image", "prefixes")
 """Fields that version 1 does not have; their defaults say what it was."""
-_SINCE_4 = {"centroids", "key_channels"}
-"""Fields of `ipn` that version 3 does not have: 0 of both."""
+_SINCE = {4: {"centroids", "key_channels"}, 5: {"factors"}}
+"""Fields of `ipn` that versions before these do not have: 0 of each."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Manifest:
         prefixes: if coded, size and digest of the beginning of `model.safetensors` that holds the first 1, 2, .. S
             slices: enough of a partial download to read that many.
         ipn: what there is to know about the IPN if the policies have the rule `ipn`, else None.
-        format_version: 1, 2, or, with an IPN, 3 or, if it has centroids, 4.
+        format_version: 1, 2, or, with an IPN, 3 or, if it has centroids, 4, and if it has factors 5.
 
     Raises:
         LowtideError: on construction, if anything is out of range or does not fit the rest.
@@ -176,9 +178,7 @@ class Manifest:
         if not spec.has_thresholds:
             del shapes["thresholds"]
         if self.ipn is not None:
-            i = self.ipn
-            sizes = (i["features"], len(self.budgets), i["centroids"], i["key_channels"])
-            shapes |= ipn_shapes(spec.name, inputs, *sizes)
+            shapes |= ipn_shapes(spec.name, inputs, *ipn_sizes(self.ipn, len(self.budgets)))
         known = GROUP_FIELDS | IPN_FIELDS
         expected = {f"lowtide.{spec.name}.{field}": (known[field], shape) for field, shape in shapes.items()}
         for linear in spec.linears:
@@ -202,8 +202,9 @@ class Manifest:
         body |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in body}
         if self.ipn is None:
             del body["ipn"]
-        elif self.format_version < 4:
-            body["ipn"] = {name: value for name, value in self.ipn.items() if name not in _SINCE_4}
+        else:
+            later = _fields_after(self.format_version)
+            body["ipn"] = {name: value for name, value in self.ipn.items() if name not in later}
         return ("{\n" + ",\n".join(f"{_dump(key)}: {_lines(value)}" for key, value in body.items()) + "\n}\n").encode()
 
     @classmethod
@@ -230,11 +231,12 @@ class Manifest:
             fields.remove("ipn")
         check_keys("manifest", body, fields if body["format_version"] > 1 else fields.difference(_SINCE_2))
         body = dict(body)
-        if body["format_version"] == 3 and isinstance(body.get("ipn"), dict):
-            odd = sorted(_SINCE_4 & body["ipn"].keys())
+        if isinstance(body.get("ipn"), dict):
+            later = _fields_after(body["format_version"])
+            odd = sorted(later & body["ipn"].keys())
             if odd:
                 raise bad("ipn", f"has an unknown field {short(odd[0])}")
-            body["ipn"] = body["ipn"] | dict.fromkeys(_SINCE_4, 0)
+            body["ipn"] = body["ipn"] | dict.fromkeys(later, 0)
         config = check_keys("config", body["config"], {f.name for f in dataclasses.fields(ModelConfig)})
         eos = config["eos_token_ids"]
         body["config"] = ModelConfig(**(config | {"eos_token_ids": tuple(eos) if isinstance(eos, list) else eos}))
@@ -284,6 +286,11 @@ def _entries(field: str, value: object, names: set[str]) -> list[tuple[str, dict
     if not isinstance(value, dict):
         raise bad(field, f"must be an object, not {short(value)}")
     return [(name, check_keys(f"{field} {short(name)}", entry, names)) for name, entry in value.items()]
+
+
+def _fields_after(version: int) -> set[str]:
+    """Fields of `ipn` that came after a format version."""
+    return {name for since, names in _SINCE.items() if version < since for name in names}
 
 
 def _shape(name: str, value: object) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from lowtide.arch import GroupSpec
 from lowtide.errors import LowtideError
 from lowtide.format.strictjson import short
 
-FORMAT_VERSION = 4
-"""The newest version that this code reads. Written is 4 with an IPN that has centroids, 3 with one that has none and 2
-without one, so that older readers go on."""
+FORMAT_VERSION = 5
+"""The newest version that this code reads. Written is 5 with an IPN that has factors, 4 with one that has centroids and
+no factors, 3 with one that has neither and 2 without one, so that older readers go on."""
 MANIFEST_NAME = "lowtide.json"
 DIGEST_NAME = "lowtide.json.sha256"
 WEIGHTS_NAME = "model.safetensors"
@@ -73,13 +73,20 @@ class GroupSummary:
 
 class IpnInfo(TypedDict):
     """Of an artifact's IPN: features H of a probe, the range of bits_read_body that it was trained for, K centroids of
-    every group's inputs and C channels that tell them apart (0 of both in version 3, which does not have them)."""
+    every group's inputs and C channels that tell them apart (0 of both in version 3, which does not have them), and
+    whether q, k and v have thresholds of their own (1 in version 5, 0 in others, which do not have it)."""
 
     features: int
     low: float
     high: float
     centroids: int
     key_channels: int
+    factors: int
+
+
+def ipn_sizes(info: IpnInfo, budgets: int) -> tuple[int, int, int, int, bool]:
+    """What `groups.ipn_shapes` asks for beside a group."""
+    return info["features"], budgets, info["centroids"], info["key_channels"], bool(info["factors"])
 
 
 def has_ipn(policies: list[str]) -> bool:
@@ -91,7 +98,9 @@ def version_for(policies: list[str], ipn: IpnInfo | None = None) -> int:
     """The format version of an artifact with these policies and this IPN."""
     if not has_ipn(policies):
         return 2
-    return 4 if ipn is not None and ipn["centroids"] else 3
+    if ipn is None:
+        return 3
+    return 5 if ipn["factors"] else 4 if ipn["centroids"] else 3
 
 
 def bad(field: str, problem: str) -> LowtideError:
@@ -166,18 +175,21 @@ def check_policies(policies: object) -> None:
 
 
 def check_ipn(ipn: object, policies: list[str], version: int) -> None:
-    """What is known about the IPN: there with the rule `ipn` and version 3 or 4, and only then."""
+    """What is known about the IPN: there with the rule `ipn` and versions 3 to 5, and only then."""
     if (version >= 3) != has_ipn(policies):
         raise bad(
-            "format_version", f"must be 3 or 4 if the rule ipn is one of the policies and less if not, not {version}"
+            "format_version", f"must be 3 to 5 if the rule ipn is one of the policies and less if not, not {version}"
         )
     if (ipn is not None) != has_ipn(policies):
         raise bad("ipn", "does not fit the policies: it is there if the rule ipn is one of them, and only then")
     if ipn is None:
         return
-    info = check_keys("ipn", ipn, {"features", "low", "high", "centroids", "key_channels"})
+    info = check_keys("ipn", ipn, {"features", "low", "high", "centroids", "key_channels", "factors"})
     check_count("ipn features", info["features"], 1, MAX_FEATURES)
     _check_centroids(info["centroids"], info["key_channels"], version)
+    check_count("ipn factors", info["factors"], 0, 1)
+    if bool(info["factors"]) != (version == 5):
+        raise bad("ipn factors", "must be 1 in version 5")
     low, high = info["low"], info["high"]
     if any(not isinstance(v, (int, float)) or isinstance(v, bool) for v in (low, high)) or not 0 < low < high <= 1024:
         raise bad("ipn", f"low and high must ascend within 0 to 1024 bits, not {short(low)} and {short(high)}")
@@ -186,8 +198,8 @@ def check_ipn(ipn: object, policies: list[str], version: int) -> None:
 def _check_centroids(centroids: object, channels: object, version: int) -> None:
     check_count("ipn centroids", centroids, 0, MAX_CENTROIDS)
     check_count("ipn key_channels", channels, 0, MAX_KEY_CHANNELS)
-    if bool(centroids) != bool(channels) or bool(centroids) != (version == 4):
-        raise bad("ipn", "centroids and key_channels must both be there in version 4, and in no other")
+    if bool(centroids) != bool(channels) or (version != 5 and bool(centroids) != (version == 4)):
+        raise bad("ipn", "centroids and key_channels must both be there in version 4, and not in version 3")
     if isinstance(channels, int) and channels % 16:
         raise bad("ipn key_channels", f"must be a multiple of 16, not {channels}")
 

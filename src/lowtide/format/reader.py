@@ -29,6 +29,7 @@ from lowtide.format.manifest import (
     WEIGHTS_NAME,
     Manifest,
     digest_line,
+    ipn_sizes,
 )
 from lowtide.format.strictjson import short
 from lowtide.format.validate import check_group, check_norm, real_outliers
@@ -316,9 +317,7 @@ def _group(spec: GroupSpec, manifest: Manifest, tensors: dict[str, NDArray[Any]]
     ]
     ipn = None
     if manifest.ipn is not None and spec.has_thresholds:
-        info = manifest.ipn
-        sizes = (info["features"], len(manifest.budgets), info["centroids"], info["key_channels"])
-        names = ipn_shapes(spec.name, spec.in_features, *sizes)
+        names = ipn_shapes(spec.name, spec.in_features, *ipn_sizes(manifest.ipn, len(manifest.budgets)))
         ipn = IpnTensors(**{f.removeprefix("ipn_"): tensors[f"lowtide.{spec.name}.{f}"] for f in names})
     return GroupTensors(
         name=spec.name,

@@ -75,6 +75,8 @@ def _check_ipn(ipn: IpnTensors, group: GroupTensors, prefix: str) -> None:
         _check_importance(ipn.step, group.exact_channels, f"{prefix}.ipn_step")
     if ipn.channels is not None:
         _check_channels(ipn.channels, group.in_features, f"{prefix}.ipn_channels")
+    if ipn.factor is not None and np.any(ipn.factor <= 0):
+        raise LowtideError(f"{prefix}.ipn_factor: must be above zero")
     for field, tensor in ipn.fields().items():
         if tensor.dtype == np.float32 and not np.all(np.isfinite(tensor)):
             raise LowtideError(f"{prefix}.{field}: holds a value that is not finite")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowtide.errors import LowtideError
 from lowtide.format.groups import LINEAR_FIELDS
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 MAX_SLICES = 4
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -27,6 +27,7 @@ class Group(ctypes.Structure):
         *((name, _pointer) for name in ("mean", "col_scale", "importance", "shrink", "exact_channels")),
         *((name, _i64) for name in ("ipn_side_bits", "ipn_features")),
         *((name, _pointer) for name in ("ipn_importance", "ipn_mix", "ipn_probe", "ipn_scale", "ipn_bias")),
+        ("ipn_factor", _pointer),
         *((name, _i64) for name in ("ipn_centroids", "ipn_key_channels")),
         *((name, _pointer) for name in ("ipn_mean", "ipn_channels", "ipn_keys", "ipn_key_scale", "ipn_key_bias")),
         ("linear", Linear * 3),

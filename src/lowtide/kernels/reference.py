@@ -297,8 +297,8 @@ class _Masked:
         self.bits += bits
         self.last[index] = bits[-1]
         return [
-            ops.graded_linear(group, m, self.engine.digits(group, m), x, levels, middle.mean, bias)
-            for m, bias in zip(group.linears, middle.bias, strict=True)
+            ops.graded_linear(group, m, self.engine.digits(group, m), x, own, middle.mean, bias)
+            for m, own, bias in zip(group.linears, levels, middle.bias, strict=True)
         ]
 
     def head(self, x: F32) -> F32:
@@ -308,8 +308,8 @@ class _Masked:
         group, _ = self.engine.group("head")
         linear, planes = group.linears[0], self.engine.digits(group, group.linears[0])
         offset, middle = self.policy.log2_offset, self._middle("head", x)
-        coarse = self._levels(-1, "head", x, None, offset + self.policy.head_offset, middle.stats)
-        fine = self._levels(-1, "head", x, None, offset, middle.stats)
+        (coarse,) = self._levels(-1, "head", x, None, offset + self.policy.head_offset, middle.stats)
+        (fine,) = self._levels(-1, "head", x, None, offset, middle.stats)
         logits = ops.graded_linear(group, linear, planes, x, coarse, middle.mean, middle.bias[0])
         again = ops.leading_rows(logits, self.policy.head_margin)
         self.bits += ops.group_bits(group, coarse, self.rule.name == "ipn")
@@ -324,12 +324,14 @@ class _Masked:
 
     def _levels(
         self, index: int, name: str, x: F32, gate: F32 | None, offset: float, stats: GroupStats
-    ) -> NDArray[np.int32]:
+    ) -> list[NDArray[np.int32]]:
+        """Levels i32 [n, in] of each of the group's linear layers."""
         found = self.rule.features(stats, x)
         self._features = self._features if found is None else found
         gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])
         params = self.rule.shift(self.policy.thresholds[index], offset)
-        return np.asarray(self.rule.levels(stats, x, self.rule.waterline(stats, params, self._features, gain), gate))
+        params = self.rule.waterline(stats, params, self._features, gain)
+        return self.rule.member_levels(stats, x, params, len(self.engine.group(name)[0].linears), gate)
 
 
 def _f32(tensor: NDArray[np.generic]) -> F32:

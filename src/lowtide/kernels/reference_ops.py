@@ -9,6 +9,7 @@ Legend: n tokens, S slices, `in` channels, `out` rows, H heads, K key/value head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -328,13 +329,17 @@ def channel_planes(planes: U8) -> U8:
     return np.ascontiguousarray(planes.transpose(0, 2, 1))
 
 
-def group_bits(group: GroupTensors, levels: I32, ipn: bool = False) -> NDArray[np.int64]:
-    """Bits read for a group by each token, i64 [n]: digits by levels i32 [n, in], and all side data.
+def group_bits(group: GroupTensors, levels: I32 | Sequence[I32], ipn: bool = False) -> NDArray[np.int64]:
+    """Bits read for a group by each token, i64 [n]: digits by levels i32 [n, in], of all linear layers or of each, and
+    all side data.
 
     ipn: under the rule `ipn`, which has side data of its own.
     """
-    rows = sum(linear.out_features for linear in group.linears)
-    return 2 * rows * levels.sum(axis=-1, dtype=np.int64) + 8 * group.side_bytes(ipn)
+    each = [levels] * len(group.linears) if isinstance(levels, np.ndarray) else levels
+    bits = np.full(len(each[0]), 8 * group.side_bytes(ipn), np.int64)
+    for linear, own in zip(group.linears, each, strict=True):
+        bits += 2 * linear.out_features * own.sum(axis=-1, dtype=np.int64)
+    return bits
 
 
 def embedding_bits(group: GroupTensors) -> int:

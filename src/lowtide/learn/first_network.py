@@ -36,17 +36,18 @@ LEVEL_TOKENS = 2048
 
 
 def settled(options: IpnOptions, first: Artifact) -> IpnOptions:
-    """The numbers of features and centroids settled: those of the network that training begins with, or, where other
-    numbers are asked for or not all parts learn, those of a fresh one."""
+    """The numbers of features and centroids settled, and whether q, k and v go apart: as in the network that training
+    begins with, or, where other numbers are asked for or not all parts learn, as in a fresh one."""
     has = first.manifest.ipn
-    features, centroids = FEATURES, affordable(first.config)
+    features, centroids, apart = FEATURES, affordable(first.config), False
     if has is not None and set(options.parts) == set(Ipn.PARTS):
         if options.features in (None, has["features"]) and options.centroids in (None, has["centroids"]):
-            features, centroids = has["features"], has["centroids"]
+            features, centroids, apart = has["features"], has["centroids"], bool(has["factors"])
     return dataclasses.replace(
         options,
         features=features if options.features is None else options.features,
         centroids=centroids if options.centroids is None else options.centroids,
+        apart=apart if options.apart is None else options.apart,
     )
 
 
@@ -107,7 +108,9 @@ def network(artifact: Artifact, first: Artifact, options: IpnOptions, device: to
     grid, tables = budget_tables(first, "ipn" if goes_on(first, options) else "channel-norm")
     moved = {name: table.to(device) for name, table in tables.items()}
     assert options.features is not None
-    return Ipn(importance, grid, moved, options.features, options.seed, options.parts, *options.bits)
+    return Ipn(
+        importance, grid, moved, options.features, options.seed, options.parts, *options.bits, bool(options.apart)
+    )
 
 
 def clusters_for(

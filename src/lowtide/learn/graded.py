@@ -55,7 +55,7 @@ class Masks(Protocol):
 
     def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For the centred input a f32 [T, in] of group `name`: log2 scores f32 [T, in], -inf for exact channels, and
-        thresholds f32 [S] in log2."""
+        thresholds f32 [S] in log2, or [M, S], one row for each linear layer."""
         ...
 
 
@@ -66,7 +66,7 @@ class GradedGroup:
     clusters: of its inputs, if it has any: then a token's mean and bias are those of its cluster;
     slices: what they add, D_k / (r_i c_j), which depends on the digits only;
     rows, cols: the scales r f32 [out] and c f32 [in]; always: outliers and exact columns;
-    bias: f32 [out]; mean: f32 [in]; side_bits: read whatever the mask.
+    bias: f32 [out]; mean: f32 [in]; side_bits: read whatever the mask; outs: rows of each linear layer.
     learned, under training: weight z f32 [out, in] in units of r_i c_j, or, of low rank, `up` f32 [out, R] and `down`
     f32 [R, in] whose product is added to a z that stays; log_rows f32 [out] and log_cols f32 [in], the learned parts of
     the scales' natural logarithms; and the bias.
@@ -80,6 +80,7 @@ class GradedGroup:
     stored_bias: torch.Tensor
     mean: torch.Tensor
     side_bits: int
+    outs: list[int]
     learned: nn.ParameterDict | None = None
     clusters: Clusters | None = None
     thin = False
@@ -89,6 +90,14 @@ class GradedGroup:
     def out(self) -> int:
         """Rows of all member layers."""
         return len(self.stored_bias)
+
+    def members(self, theta: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+        """(rows, thresholds f32 [S]) of what reads alike: all of it under theta f32 [S], each layer under [M, S]."""
+        if theta.ndim == 1:
+            return [(slice(0, self.out), theta)]
+        ends = [sum(self.outs[: i + 1]) for i in range(len(self.outs))]
+        rows = [slice(end - out, end) for end, out in zip(ends, self.outs, strict=True)]
+        return list(zip(rows, theta, strict=True))
 
     @property
     def inputs(self) -> int:
@@ -120,9 +129,9 @@ class GradedGroup:
 
 
 class _Product(torch.autograd.Function):
-    """(y, slices open for each token): y = sum_k D_k (a * m_k) + always a, m_k = [score > theta_k], a = x for exact
-    channels; see the module's text for the gradients. What comes back takes some tokens at a time through every
-    elementwise pass. Masks are made again on the way back: kept, they would take most of the memory."""
+    """(y, slices open for each token, of a row's mean): y = sum_k D_k (a * m_k) + always a, m_k = [score > theta_k],
+    a = x for exact channels; see the module's text for the gradients. What comes back takes some tokens at a time
+    through every elementwise pass. Masks are made again on the way back: kept, they would take most of the memory."""
 
     @staticmethod
     def forward(
@@ -137,7 +146,7 @@ class _Product(torch.autograd.Function):
         tau: float,
     ) -> Any:
         slices, rows, cols = group.coded(weight, log_rows, log_cols)
-        coded, count = slices.read(a, cols, score, theta.unbind())
+        coded, count = _read(group, slices, a, cols, score, theta)
         ctx.train_weight = weight is not None
         # What only rows' scales need is kept in half the bytes, unless all shall be exact.
         short = coded if products() == EXACT else coded.to(torch.bfloat16)
@@ -152,33 +161,56 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         a, score, theta, *kept = ctx.saved_tensors
         slices, rows, cols = ctx.group.coded(*kept[1:])
-        own = grads[0] * rows
-        back, kind = slices.back(own), product_type()
-        grad_a, grad_score, grad_theta = torch.empty_like(a), torch.empty_like(a), torch.zeros_like(theta)
+        own, kind = grads[0] * rows, product_type()
+        grad_a, grad_score, grad_theta = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(theta)
         grad_cols, read = torch.zeros_like(cols), a.new_empty(a.shape if ctx.train_weight else (0,), dtype=kind)
-        for part in chunks(a):
-            scaled, opened = a[part] * cols, grads[1][part][:, None]
-            mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
-            through, pull = torch.zeros_like(scaled), torch.zeros_like(scaled)
-            for k, (t, moved) in enumerate(zip(theta, back(part), strict=True)):
-                through.addcmul_(moved, torch.gt(score[part], t, out=mask))
-                torch.sub(score[part], t, out=soft).div_(ctx.tau).sigmoid_()
-                soft.addcmul_(soft, soft, value=-1)  # the sigmoid's slope
-                moved = moved.mul(scaled).add_(opened).mul_(soft)
-                pull += moved
-                grad_theta[k] -= moved.sum()
-                if ctx.train_weight and k == 0:
-                    read[part] = mask.mul_(scaled)
-            grad_score[part] = pull.div_(ctx.tau)
-            grad_a[part] = through.mul_(cols)
-            grad_cols += through.mul_(a[part]).sum(0)
+        grad_weight = own.new_empty(own.shape[1] if ctx.train_weight else 0, a.shape[1])
+        members = ctx.group.members(theta)
+        for (of, cuts), grad_cuts in zip(members, [grad_theta] if theta.ndim == 1 else grad_theta, strict=True):
+            back, share = slices.part(of).back(own[:, of]), (of.stop - of.start) / own.shape[1]
+            for part in chunks(a):
+                scaled, opened = a[part] * cols, grads[1][part][:, None] * share
+                mask, soft = torch.empty_like(scaled), torch.empty_like(scaled)
+                through, pull = torch.zeros_like(scaled), torch.zeros_like(scaled)
+                for k, (t, moved) in enumerate(zip(cuts, back(part), strict=True)):
+                    through.addcmul_(moved, torch.gt(score[part], t, out=mask))
+                    torch.sub(score[part], t, out=soft).div_(ctx.tau).sigmoid_()
+                    soft.addcmul_(soft, soft, value=-1)  # the sigmoid's slope
+                    moved = moved.mul(scaled).add_(opened).mul_(soft)
+                    pull += moved
+                    grad_cuts[k] -= moved.sum()
+                    if ctx.train_weight and k == 0:
+                        read[part] = mask.mul_(scaled)
+                grad_score[part] += pull.div_(ctx.tau)
+                grad_a[part] += through.mul_(cols)
+                grad_cols += through.mul_(a[part]).sum(0)
+            if ctx.train_weight:
+                grad_weight[of] = own[:, of].to(kind).T @ read
         grad_theta /= ctx.tau
         ctx.group.always.add_back(grad_a, grads[0].contiguous())
         if not ctx.train_weight:
             return grad_a, grad_score, grad_theta, None, None, None, None, None
-        grad_weight = (own.to(kind).T @ read).float()
         grad_rows = own.mul_(kept[0]).sum(0)
         return grad_a, grad_score, grad_theta, grad_weight, grad_rows, grad_cols, None, None
+
+
+def _read(
+    group: GradedGroup,
+    slices: Slices,
+    a: torch.Tensor,
+    cols: torch.Tensor,
+    score: torch.Tensor,
+    theta: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Slices.read` of all rows, and the mean over them of the slices open, f32 [T]."""
+    if theta.ndim == 1:
+        return slices.read(a, cols, score, theta.unbind())
+    parts, count = [], a.new_zeros(len(a))
+    for of, cuts in group.members(theta):
+        y, opened = slices.part(of).read(a, cols, score, cuts.unbind())
+        parts.append(y)
+        count += opened * ((of.stop - of.start) / group.out)
+    return torch.cat(parts, 1), count
 
 
 class GradedModel:
@@ -375,6 +407,7 @@ def _group(group: GroupTensors, code: Code) -> GradedGroup:
         stored_bias=torch.from_numpy(bias).to(device),
         mean=torch.from_numpy(group.mean.astype(np.float32)).to(device),
         side_bits=8 * group.side_bytes(),
+        outs=[linear.out_features for linear in group.linears],
     )
 
 

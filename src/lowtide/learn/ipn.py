@@ -65,6 +65,7 @@ class Ipn(nn.Module):
         seed: of the probes' first weights.
         parts: which ingredients learn: importance, theta, offset.
         low, high: budgets that are trained for, bits per weight.
+        apart: q, k and v have thresholds of their own, the group's times a factor each.
     """
 
     PARTS = ("importance", "theta", "offset")
@@ -79,9 +80,10 @@ class Ipn(nn.Module):
         parts: tuple[str, ...] = PARTS,
         low: float = 2.0,
         high: float = 4.0,
+        apart: bool = False,
     ) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.low, self.high, self.apart = low, high, apart and "theta" in parts
         generator = torch.Generator().manual_seed(seed)
         self.grid, self.tables, self.parts = grid, dict(tables), parts
         self.features = features if "offset" in parts else 0
@@ -101,6 +103,8 @@ class Ipn(nn.Module):
             if "theta" in parts:
                 learn(name, "delta", torch.zeros_like(tables[name][0]))
                 learn(name, "slope", torch.zeros_like(tables[name][0]))
+                if apart and _kind(name) == "qkv":
+                    learn(name, "factor", v.new_zeros(3))
             if self.features:
                 learn(name, "mix", v.new_zeros(self.features + 1))
                 learn(name, "gain", v.new_zeros(1))
@@ -129,7 +133,13 @@ class Ipn(nn.Module):
         return self.start[name] if learned is None else self.start[name] + learned
 
     def theta(self, name: str, bits: float) -> torch.Tensor:
-        """Thresholds f32 [S] in log2 at a budget. The head's are not learned: budgets leave it out."""
+        """Thresholds f32 [S] in log2 at a budget, [3, S] of q, k and v apart. The head's are not learned: budgets leave
+        it out."""
+        own, factor = self.shared_theta(name, bits), self.get(name, "factor")
+        return own if factor is None else own + factor[:, None]
+
+    def shared_theta(self, name: str, bits: float) -> torch.Tensor:
+        """f32 [S]: those that a group's factors are of."""
         base = self._between(self.tables[name], bits)
         if name == "head":
             return base
@@ -195,7 +205,7 @@ class Ipn(nn.Module):
         own = 0 if keys is None else 8 * keys.weight.numel() + 64 * len(keys.bias) + 32 * len(keys.channels)
         if not self.features or name == "head":
             return own
-        own += 32 * (self.features + 1) + 32
+        own += 32 * (self.features + 1) + 32 + (0 if self.get(name, "factor") is None else 32 * 3)
         probe = self.get(name, "probe")
         return own + (0 if probe is None else 8 * probe.numel() + 64 * self.features)
 
@@ -204,9 +214,9 @@ class At:
     """An Ipn at one budget, for one pass of a model: the `Masks` that `GradedModel` asks.
 
     shift moves every threshold (log2), tau is the temperature of the masks' gradient in levels' log2 units.
-    offsets[name], margins[name] keep o f32 [T] and, with keep_margins, log2 score - theta f32 [S, T, in].
-    density[name] f32 [S], with keep_density, is by how many channels a token reads less for each log2 unit that a
-    threshold rises. full_head: the head is read in full, whatever the budget.
+    offsets[name], margins[name] keep o f32 [T] and, with keep_margins, log2 score - theta f32 [M, S, T, in] of all
+    layers (M = 1) or each. density[name] f32 [M, S], with keep_density, is by how many channels a token reads less for
+    each log2 unit that a threshold rises. full_head: the head is read in full, whatever the budget.
     """
 
     def __init__(
@@ -237,7 +247,7 @@ class At:
             self._features = {_kind(name): self.ipn.feature_values(name, x.detach())}
 
     def scores(self, name: str, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Masks`: log2 scores f32 [T, in] of a group and its thresholds f32 [S]."""
+        """See `Masks`: log2 scores f32 [T, in] of a group and its thresholds."""
         ipn = self.ipn
         score = a.detach().abs().clamp_min(TINY).log2() + ipn.log_importance(name)
         if ipn.features and name != "head":
@@ -250,12 +260,13 @@ class At:
         if name == "head":
             return score, torch.full_like(theta, -torch.inf) if self.full_head else theta
         theta = theta + self.shift
+        each = theta.reshape(-1, theta.shape[-1])
         if self.keep_margins:
-            self.margins[name] = score[None] - theta[:, None, None]
+            self.margins[name] = score - each[:, :, None, None]
         if self.keep_density:
             some = score.detach()[::THIN]
-            near = (some[None] - theta.detach()[:, None, None]).abs_() < NEAR
-            self.density[name] = near.sum((1, 2)) / (2 * NEAR * len(some))
+            near = (some - each.detach()[:, :, None, None]).abs_() < NEAR
+            self.density[name] = near.sum((2, 3)) / (2 * NEAR * len(some))
         return score, theta
 
 

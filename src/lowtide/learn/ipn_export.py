@@ -24,6 +24,7 @@ from lowtide.format.reader import Artifact
 from lowtide.format.writer import ArtifactWriter
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.level import rows_of
 from lowtide.learn.shards import whole
 
 LOWEST = -60.0
@@ -63,6 +64,10 @@ def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
             }
         if mix is not None:
             fields["mix"] = mix.detach().cpu().numpy().copy()
+        factor = ipn.get(name, "factor")
+        if factor is not None:
+            fields["factor"] = factor.exp2().cpu().numpy()
+            factor.copy_(torch.from_numpy(fields["factor"]).log2())
         if name in ipn.clusters:
             fields |= ipn.clusters[name].stored
         found[name] = IpnTensors(importance=importance.cpu().numpy(), **fields)
@@ -90,6 +95,8 @@ def take_stored(ipn: Ipn, artifact: Artifact) -> None:
         if stored.probe is not None and stored.scale is not None and stored.bias is not None:
             values["probe"] = torch.from_numpy(stored.probe.astype(np.float32) * stored.scale[:, None])
             values["bias"] = torch.from_numpy(stored.bias.copy())
+        if stored.factor is not None:
+            values["factor"] = torch.from_numpy(stored.factor.copy()).log2()
         for what, value in values.items():
             learned = ipn.get(name, what)
             if learned is not None:
@@ -115,7 +122,7 @@ def thresholds(
     found = {}
     for name in ipn.start:
         rows = [
-            ipn.theta(name, bits) + (0.0 if name == "head" else shifts[min(max(index, used[0]), used[-1])])
+            ipn.shared_theta(name, bits) + (0.0 if name == "head" else shifts[min(max(index, used[0]), used[-1])])
             for index, bits in enumerate(ipn.grid[:-1])
         ]
         log = torch.stack([*rows, torch.full_like(ipn.tables[name][-1], LOWEST)])
@@ -150,8 +157,9 @@ def _further(model: GradedModel, at: At, bits: float) -> float:
     side = sum(g.side_bits for n, g in model.groups.items() if n != "head") / model.weights
     curves = []
     for name, margins in at.margins.items():
-        flat = margins.reshape(-1)[:: _stride(margins.numel(), margins.shape[2])]
-        curves.append((flat.sort().values.cpu(), 2.0 * model.groups[name].out * margins.shape[0] * margins.shape[2]))
+        for own, rows in zip(margins, rows_of(model, name, margins[:, 0, 0, 0]), strict=True):
+            flat = own.reshape(-1)[:: _stride(own.numel(), own.shape[2])]
+            curves.append((flat.sort().values.cpu(), 2.0 * float(rows) * own.shape[0] * own.shape[2]))
     low, high = -8.0, 8.0
     for _ in range(30):
         middle = (low + high) / 2

@@ -20,6 +20,7 @@ import torch
 from lowtide.errors import LowtideError
 from lowtide.learn.graded import GradedModel
 from lowtide.learn.ipn import At
+from lowtide.learn.level import rows_of
 
 ELASTICITY = 1.6
 """-d log KL / d bits, measured from 2 to 3.5 bits on stories15M and SmolLM2."""
@@ -78,7 +79,8 @@ def mean_open(model: GradedModel, at: At) -> torch.Tensor:
     parts, weights = [], 0
     for name, margins in at.margins.items():
         group = model.groups[name]
-        parts.append(group.out * torch.sigmoid(margins / at.tau).mean((0, 1)).sum())
+        soft = torch.sigmoid(margins / at.tau).mean((1, 2)).sum(1)
+        parts.append((rows_of(model, name, soft) * soft).sum())
         weights += group.out * group.inputs
     return torch.stack(parts).sum() / weights
 
@@ -90,13 +92,12 @@ def unrest(model: GradedModel, at: At, window: int, draw: torch.Generator | None
     """
     parts, weights = [], 0
     for name, margins in at.margins.items():
-        out = model.groups[name].out
-        slices, tokens, inputs = margins.shape
-        soft = torch.sigmoid(margins / at.tau).view(slices, tokens // window, window, inputs)
+        members, slices, tokens, inputs = margins.shape
+        soft = torch.sigmoid(margins / at.tau).view(members, slices, tokens // window, window, inputs)
         noise = torch.randn(tokens, inputs, generator=draw).to(margins.device)
         moved = margins + torch.log2((1 + NOISE * noise).clamp_min(0.1))
-        jumps = (soft[:, :, 1:] - soft[:, :, :-1]).abs().mean()
-        shaken = (soft.view_as(margins) - torch.sigmoid(moved / at.tau)).abs().mean()
-        parts.append(out * inputs * (jumps + shaken))
-        weights += out * inputs
+        jumps = (soft[:, :, :, 1:] - soft[:, :, :, :-1]).abs().mean((1, 2, 3, 4))
+        shaken = (soft.view_as(margins) - torch.sigmoid(moved / at.tau)).abs().mean((1, 2, 3))
+        parts.append((rows_of(model, name, jumps) * inputs * (jumps + shaken)).sum())
+        weights += model.groups[name].out * inputs
     return torch.stack(parts).sum() / weights

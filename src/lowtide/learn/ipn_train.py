@@ -29,7 +29,7 @@ from lowtide.learn.level import densities, hold, project
 from lowtide.learn.parallel import Parallel
 
 Report = Callable[[str, int, int], None]
-"""`report(stage, done, total)`; stages: sample, cluster, probe, train, thresholds."""
+"""`report(stage, done, total)`; stages: sample, cluster, probe, apart, train, thresholds."""
 DIVERGED = math.log(2.0)
 """Training stops when the held-out value is this much above where it began."""
 WARM = 10
@@ -74,6 +74,8 @@ class IpnOptions:
         features: H of each probe; None: as many as the network has that training begins with, or FEATURES.
         centroids: clusters of every group's inputs, 0 for none; None: as many as the network has that training begins
             with, or CENTROIDS, fewer in small models.
+        apart: whether q, k and v have thresholds of their own (`lowtide.learn.apart`); None: if the network has that
+            training begins with.
         own_text: part of the text that the model writes itself beside a file's, from 0 to below 1.
         parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
@@ -93,6 +95,7 @@ class IpnOptions:
     average: float = 0.95
     features: int | None = None
     centroids: int | None = None
+    apart: bool | None = None
     own_text: float = 0.0
     parts: tuple[str, ...] = Ipn.PARTS
     check_every: int = 25
@@ -180,7 +183,7 @@ class Learner:
             groups.append({"params": [p], "lr": rate, "rate0": rate})
         return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self.model.device.type != "cpu" or None)
 
-    def _dense(self, rows: list[int]) -> torch.Tensor:
+    def dense_states(self, rows: list[int]) -> torch.Tensor:
         """What the dense model's head reads for windows, f32 [B, N, D]; kept, as they come again, up to KEPT_BYTES."""
         new = [row for row in rows if row not in self._states]
         found = dict(zip(new, self.model.dense.hidden(self.ids[new]), strict=True)) if new else {}
@@ -212,7 +215,7 @@ class Learner:
         bits = low if at_low < o.focus else low + (high - low) * spread
         mine = rows[team.share(o.windows)]
         ids = self.ids[mine]
-        theirs = self._dense(mine.tolist())
+        theirs = self.dense_states(mine.tolist())
         margins = o.prices.needs_margins
         at = At(self.ipn, bits, tau=o.tau, keep_margins=margins, keep_density=True, full_head=o.head == "full")
         if team.rank:  # perturbed copies are each process's own

@@ -24,13 +24,21 @@ from lowtide.learn.ipn import At, Ipn
 
 GAIN = 0.5
 """Part of the error that a step takes back: a step's text is not all text."""
+TINY = 1e-12
 FLOOR = 0.1
 """Of the density, bits per log2 unit: where scores are far from thresholds, moving those far is no remedy."""
 
 
 def densities(model: GradedModel, at: At) -> dict[str, torch.Tensor]:
-    """-d bits / d theta of every group's thresholds, f32 [S], in bits per weight of the body."""
-    return {name: 2.0 * model.groups[name].out * near / model.weights for name, near in at.density.items()}
+    """-d bits / d theta of every group's thresholds, f32 [M, S] (see `At`), in bits per weight of the body."""
+    return {name: 2.0 * rows_of(model, name, near) * near / model.weights for name, near in at.density.items()}
+
+
+def rows_of(model: GradedModel, name: str, of: torch.Tensor) -> torch.Tensor:
+    """Rows of what reads alike in a group, f32 [M, 1 ...], for `of` [M, ...]."""
+    group = model.groups[name]
+    rows = group.outs if len(of) > 1 else [group.out]
+    return torch.tensor(rows, dtype=torch.float32, device=of.device).view(-1, *([1] * (of.ndim - 1)))
 
 
 @torch.no_grad()
@@ -48,8 +56,9 @@ def project(ipn: Ipn, density: dict[str, torch.Tensor]) -> None:
     total = float(sum(d.sum() for d in density.values()))
     if total <= 0:
         return
-    for what in ("delta", "slope"):
+    for what, over in (("delta", 0), ("slope", 0), ("factor", 1)):
         found = {name: p.grad for name in density if (p := ipn.get(name, what)) is not None and p.grad is not None}
         common = float(sum(g.sum() for g in found.values()))
+        reach = float(sum(density[name].sum() for name in found))
         for name, g in found.items():
-            g -= common / total * density[name]
+            g -= common / max(reach, TINY) * density[name].sum(over)

@@ -28,6 +28,7 @@ from lowtide.format.reader import Artifact, open_artifact
 from lowtide.learn import first_network, training_text
 from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
+from lowtide.learn.apart import find_factors
 from lowtide.learn.devices import device_for, name_of
 from lowtide.learn.graded import GradedModel, budget_tables, check_model
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
@@ -36,7 +37,7 @@ from lowtide.learn.parallel import Parallel, join
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 """How torch and CUDA's libraries say so where the error's type does not."""
-TRAINER = 3
+TRAINER = 4
 """Raised when a run must not go on from a checkpoint of an older version of the training."""
 
 
@@ -193,6 +194,9 @@ def _learn(
             first_network.set_level(graded, ipn, ids[: len(ids) - held_out(ids)])
             ipn.tables["head"] = team.first(ipn.tables["head"])
         ratio = None if goes_on else first_network.start(learner, work, report)
+        known = goes_on and first.manifest.ipn is not None and first.manifest.ipn["factors"]
+        if not known and not (work / progress.NAME).exists():
+            find_factors(learner, lambda done, total: report("apart", done, total))
         run = _train(learner, work, key, report)
         figures = {}
         if team.main or team.mesh is not None:
@@ -334,6 +338,7 @@ def _finish(
         "high": o.bits[1],
         "centroids": centroids,
         "key_channels": channels,
+        "factors": int(ipn.apart),
     }
     attach(base, out, stored, tables, info, force, {"learned": learned})
     return {

@@ -114,5 +114,5 @@ def _thin(group: GradedGroup, code: Code) -> GradedGroup:
     """The group without what its weights tell."""
     code.thin()
     nothing = FloatSlices(torch.empty(0), 0)
-    fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.side_bits)
+    fields = (group.rows, group.cols, group.always, group.stored_bias, group.mean, group.side_bits, group.outs)
     return _ThinGroup(group.name, nothing, *fields, learned=group.learned, code=code)

@@ -43,6 +43,10 @@ class Slices(Protocol):
         """The way back of a gradient f32 [T, out]."""
         ...
 
+    def part(self, rows: slice) -> Slices:
+        """Those of some rows."""
+        ...
+
 
 class FloatSlices:
     """planes [out, S * in], float32 or bfloat16: what every slice adds, side by side."""
@@ -67,6 +71,10 @@ class FloatSlices:
         """See `Slices`."""
         passed = g.to(self.planes.dtype) @ self.planes
         return lambda part: [slot.float() for slot in passed[part].chunk(self.count, 1)]
+
+    def part(self, rows: slice) -> FloatSlices:
+        """See `Slices`."""
+        return FloatSlices(self.planes[rows], self.count)
 
 
 class IntegerSlices:
@@ -98,6 +106,10 @@ class IntegerSlices:
             for mask, slot in zip(masks, read[part].chunk(len(cuts), 1), strict=True):
                 slot.copy_(mask.mul_(whole))
         return int8_product(read, self.digits.T).float().mul_(units.mul_(self._unit)), count
+
+    def part(self, rows: slice) -> IntegerSlices:
+        """See `Slices`."""
+        return IntegerSlices(self.digits[rows], self.shrink)
 
     def back(self, g: torch.Tensor) -> Moved:
         """See `Slices`."""

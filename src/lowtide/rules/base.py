@@ -30,6 +30,7 @@ class IpnStats:
         mix: f32 [H + 1].
         probe: f32 [H, in], whole numbers.
         scale, bias: f32 [H].
+        factor: f32 [3], of the thresholds of each member layer.
         channels: i64 [C], the channels that keys look at.
         keys: f32 [C, K], whole numbers; key_scale, key_bias: f32 [K].
     """
@@ -39,6 +40,7 @@ class IpnStats:
     probe: Array | None = None
     scale: Array | None = None
     bias: Array | None = None
+    factor: Array | None = None
     channels: Array | None = None
     keys: Array | None = None
     key_scale: Array | None = None
@@ -113,6 +115,12 @@ class Rule(ABC):
         params: f32 [S], or for each token [S, ..., 1] (`waterline`).
         """
         return finish(stats, count_above(self.score(stats, x, gate), params))
+
+    def member_levels(
+        self, stats: GroupStats, x: Array, params: Array, count: int, gate: Array | None = None
+    ) -> list[Array]:
+        """`levels` of each of a group's `count` linear layers: the same array for all, or one for each."""
+        return [self.levels(stats, x, params, gate)] * count
 
     def features(self, stats: GroupStats, x: Array) -> Array | None:
         """What the rule sees in a group's input x f32 [..., in] for this group and those after it; None: nothing."""

@@ -26,6 +26,8 @@ class Ipn(Rule):
     Where the artifact has centroids, a token is measured from its own, mean_j becoming that centroid's: `code` says
     which, from keys at the inputs of `qkv`, `gate_up` and the head; `o` and `down` go by those of `qkv` and `gate_up`.
 
+    Where the artifact has factors, thresholds of q, k and v are the group's times these (`member_levels`).
+
     `features` and `waterline` are the rule's two steps before `levels`, which takes thresholds already moved.
     """
 
@@ -74,6 +76,14 @@ class Ipn(Rule):
         else:
             factor = ops.exponential(np.float32(gain) * offset * -LN2)
         return params.reshape(-1, *([1] * (offset.ndim + 1))) * factor[..., None]
+
+    def member_levels(
+        self, stats: GroupStats, x: Array, params: Array, count: int, gate: Array | None = None
+    ) -> list[Array]:
+        factor = _ipn(stats).factor
+        if factor is None:
+            return super().member_levels(stats, x, params, count, gate)
+        return [self.levels(stats, x, params * own, gate) for own in factor]
 
 
 def token_offset(mix: Array, features: Array) -> Array:

@@ -202,23 +202,24 @@ class _Watch:
         from lowtide.runtime.explain_trace import Columns, strongest, top
 
         best = top(reading.score, TOP)
+        most = np.maximum.reduce(reading.levels)  # where layers of the group differ
         drive = None if reading.drivers is None else top(np.abs(reading.drivers), DRIVERS)
         for row, t in enumerate(here):
             score = reading.score[row]
             if KINDS[kind] in ("qkv", "gate_up"):
                 self.residual[t] += score / max(float(score.sum(dtype=np.float64)), 1e-30) / self._residuals
             into = self.details[t][layer]
-            into["levels"][kind] = np.bincount(reading.levels[row], minlength=reading.group.slices + 1).tolist()
-            into["channels"][kind] = [[int(c), int(reading.levels[row, c]), sig(score[c])] for c in best[row]]
+            into["levels"][kind] = np.bincount(most[row], minlength=reading.group.slices + 1).tolist()
+            into["channels"][kind] = [[int(c), int(most[row, c]), sig(score[c])] for c in best[row]]
             if drive is not None and reading.drivers is not None:
                 into["offsets"][kind] = sig(reading.offset[row])
                 into["drivers"][kind] = [[int(c), sig(reading.drivers[row, c])] for c in drive[row]]
-        for linear in reading.group.linears:
+        for member, linear in enumerate(reading.group.linears):
             columns = Columns(reading.group, linear, tracer.digits(reading.group, linear))
             if linear.name not in self._peaks:
                 self._peaks[linear.name] = columns.peaks()
             matrix = MATRICES.index(linear.name.rpartition(".")[2])
-            for t, found in zip(here, strongest(columns, self._peaks[linear.name], reading, 1), strict=True):
+            for t, found in zip(here, strongest(columns, self._peaks[linear.name], reading, member, 1), strict=True):
                 entries = self.details[t][layer]["weights"]
                 entries.extend([matrix, f.row, f.channel, sig(f.product), f.bits] for f in found)
 

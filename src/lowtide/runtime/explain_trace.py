@@ -38,7 +38,7 @@ class Reading:
         x: f32 [n, in], its input.
         mean: f32 [in], or [n, in] where tokens have centroids: what its input is measured from.
         score: f32 [n, in], what the rule compared (see `ranking_score`); 0 for exact channels.
-        levels: i32 [n, in], slices read.
+        levels: i32 [n, in], slices read, for each linear layer.
         bits: i64 [n], bits read, side data included.
         offset: f32 [n], the offset o of the rule `ipn`, 0 under other rules.
         drivers: f32 [n, D] or None, what each feature of the residual stream (behind its norm) added to o:
@@ -50,7 +50,7 @@ class Reading:
     x: F32
     mean: F32
     score: F32
-    levels: I32
+    levels: list[I32]
     bits: I64
     offset: F32
     drivers: F32 | None
@@ -60,7 +60,8 @@ class Reading:
         r = list(rows)
         drivers = None if self.drivers is None else self.drivers[r]
         mean = self.mean if self.mean.ndim == 1 else self.mean[r]
-        arrays = (self.x[r], mean, self.score[r], self.levels[r], self.bits[r], self.offset[r])
+        levels = [own[r] for own in self.levels]
+        arrays = (self.x[r], mean, self.score[r], levels, self.bits[r], self.offset[r])
         return Reading(self.index, self.group, *arrays, drivers)
 
 
@@ -107,7 +108,7 @@ class _Probe:
         gain = 0.0 if self.policy.gains is None else float(self.policy.gains[index])
         params = self.rule.shift(self.policy.thresholds[index], self.policy.log2_offset)
         params = self.rule.waterline(stats, params, self.features, gain)
-        levels = self.rule.levels(stats, x, params, gate)
+        levels = self.rule.member_levels(stats, x, params, len(group.linears), gate)
         offset, drivers = self._offset(stats, len(x))
         score = ranking_score(self.rule, stats, x, gate)
         return Reading(index, group, x, stats.mean, score, levels, bits, offset, drivers)
@@ -219,7 +220,7 @@ class Found:
     bits: int
 
 
-def strongest(columns: Columns, peaks: F32, reading: Reading, count: int) -> list[list[Found]]:
+def strongest(columns: Columns, peaks: F32, reading: Reading, member: int, count: int) -> list[list[Found]]:
     """The single weights of a layer that moved its output most: the largest |w_ij * (x_j - mean_j)| among those read.
 
     w_ij is the weight as it was read, at its channel's level. The `count` largest lie in the `count` columns with the
@@ -229,15 +230,16 @@ def strongest(columns: Columns, peaks: F32, reading: Reading, count: int) -> lis
     Args:
         columns: the layer.
         peaks: f32 [S + 1, in], `columns.peaks()`.
-        reading: what its group read.
+        reading: what its group read; member: which of the group's layers it is.
         count: how many to give for each token.
 
     Returns:
         for each token at most `count` `Found`, largest first; products of 0 are left out.
     """
     a = reading.x - reading.mean
-    channels = top(np.abs(a) * np.take_along_axis(peaks, reading.levels, axis=0), count)  # [n, K]
-    levels = np.take_along_axis(reading.levels, channels, axis=1)
+    own = reading.levels[member]
+    channels = top(np.abs(a) * np.take_along_axis(peaks, own, axis=0), count)  # [n, K]
+    levels = np.take_along_axis(own, channels, axis=1)
     shape = (*channels.shape, -1)
     product = columns.read(channels.ravel(), levels.ravel()).reshape(shape)
     product = product * np.take_along_axis(a, channels, axis=1)[..., None]

@@ -26,8 +26,8 @@ ALWAYS = 1e4
 
 
 class Hierarchical(Rival):
-    """Steps and the settings that are tried; starts from `ipn` where the artifact stores it, without
-    centroids, else `channel-norm`."""
+    """Steps and the settings that are tried; starts from `ipn` where the artifact stores it, without centroids and
+    factors, else `channel-norm`."""
 
     source = "nested masks of the specification; ours"
 
@@ -37,7 +37,7 @@ class Hierarchical(Rival):
     def fit(self, calibration: Calibration, policy: str | None = None) -> HierarchyFitted:
         """Statistics of the gates, if neurons are masked."""
         has = calibration.artifact.manifest.ipn
-        found = WATERLINE if has is None or has["centroids"] else IPN
+        found = WATERLINE if has is None or has["centroids"] or has["factors"] else IPN
         return HierarchyFitted(calibration, policy or found, self.steps, self.tried)
 
 

@@ -26,7 +26,7 @@ class Scores:
 
     Raises:
         LowtideError: the artifact does not store the policy, it is another one than channel-norm and ipn, or it is ipn
-            with centroids.
+            with centroids or factors.
     """
 
     def __init__(self, calibration: Calibration, policy: str, bits: float) -> None:
@@ -37,6 +37,8 @@ class Scores:
         if policy == IPN and artifact.manifest.ipn is not None:
             if artifact.manifest.ipn["centroids"]:
                 raise LowtideError(f"policy {policy}: this artifact's has centroids, and rivals know one mean only")
+            if artifact.manifest.ipn["factors"]:
+                raise LowtideError(f"policy {policy}: this artifact's q, k and v differ, and rivals know one mask only")
             low, high = max(low, artifact.manifest.ipn["low"]), min(high, artifact.manifest.ipn["high"])
         params = policy_params(artifact, policy, min(max(bits, low), high))
         names = [name for name in artifact.groups if name != "embed"]
