@@ -15,9 +15,10 @@ from lowtide.compress.masked import MaskedModel
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
-from lowtide.learn import graded, head, slices
+from lowtide.learn import head, slices
 from lowtide.learn.always import Always
-from lowtide.learn.graded import Code, GradedGroup, GradedModel, budget_tables
+from lowtide.learn.graded import Code, GradedModel, budget_tables
+from lowtide.learn.graded_group import GradedGroup, MaskedProduct
 from lowtide.learn.head import head_kl
 from lowtide.learn.ipn import At, Ipn
 from lowtide.learn.ipn_export import write_weights
@@ -116,7 +117,7 @@ def test_gradients_in_int8_are_near(made, small, monkeypatch):
         group = model.groups["layers.0.gate_up"]
         a, score = (torch.randn(9, group.inputs, generator=generator, requires_grad=True) for _ in range(2))
         theta = torch.tensor([-0.5, 0.1, 0.6], requires_grad=True)
-        y, count = graded._Product.apply(a, score, theta, *group.parameters(), group, 0.7)
+        y, count = MaskedProduct.apply(a, score, theta, *group.parameters(), group, 0.7)
         (y * torch.randn(y.shape, generator=generator)).sum().add(count.sum()).backward()
         ours = (theirs + 0.3 * torch.randn(theirs.shape, generator=generator)).requires_grad_(True)
         head_kl(model, ours, theirs, dense.head_weight, At(untrained(artifact), BITS)).backward()
@@ -146,7 +147,7 @@ def test_gradients_are_those_of_the_text(exact, monkeypatch, apart):
     theta = (cuts + torch.tensor([[-0.2], [0.3], [0.0]]) if apart else cuts).requires_grad_(True)
     tau = 0.7
     learned = [torch.zeros(s, requires_grad=True) for s in ((7, 5), 7, 5)]
-    y, count = graded._Product.apply(a, score, theta, *learned, group, tau)
+    y, count = MaskedProduct.apply(a, score, theta, *learned, group, tau)
     g, h = torch.randn(4, 7, generator=generator), torch.randn(4, generator=generator)
     ((y * g).sum() + (count * h).sum()).backward()
     b, s, t, rows, cols = (v.detach().clone().requires_grad_(True) for v in (a, score, theta, *learned[1:]))

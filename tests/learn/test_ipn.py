@@ -9,7 +9,7 @@ import torch
 
 from lowtide.errors import LowtideError
 from lowtide.learn.always import Always
-from lowtide.learn.graded import GradedGroup
+from lowtide.learn.graded_group import GradedGroup
 from lowtide.learn.ipn import LIMIT, At, Ipn
 from lowtide.learn.ipn_export import SAMPLE, _stride, _trained_budgets, as_stored
 from lowtide.learn.ipn_loss import Prices, loss_of, mean_open, unrest

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from lowtide.compress.products import product_type
-from lowtide.learn.graded import GradedGroup, GradedModel, Masks
+from lowtide.learn.graded import GradedModel, Masks
+from lowtide.learn.graded_group import GradedGroup
 
 TOKENS, TOKENS_ELSEWHERE = 64, 2048
 """Whose logits are in memory at a time, on a processor and on other devices."""

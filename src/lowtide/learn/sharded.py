@@ -24,7 +24,8 @@ from lowtide.arch import GROUPS
 from lowtide.compress.dense import DenseModel
 from lowtide.format.reader import Artifact
 from lowtide.learn.digits import Code
-from lowtide.learn.graded import GradedGroup, GradedModel, Masks
+from lowtide.learn.graded import GradedModel, Masks
+from lowtide.learn.graded_group import GradedGroup
 from lowtide.learn.slices import FloatSlices, Slices
 
 
