@@ -159,8 +159,15 @@ def test_factors_are_stored_and_gone_on_with(source, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("few_tokens")
 def test_factors_are_looked_for_where_they_are_new(source, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("lowtide.learn.run_ipn.find_factors", lambda learner, report: asked.append(learner.ipn.apart))
+    asked, helpful = [], True
+
+    def find(learner, report):
+        asked.append(learner.ipn.apart)
+        if learner.ipn.apart and helpful:
+            with torch.no_grad():
+                learner.ipn.get(QKV[0], "factor")[0] = 0.5
+
+    monkeypatch.setattr("lowtide.learn.run_ipn.find_factors", find)
     idle, model, text = dataclasses.replace(FAST, steps=0), source / "model", source / "text"
 
     def run(start, out, **options):
@@ -173,3 +180,5 @@ def test_factors_are_looked_for_where_they_are_new(source, tmp_path, monkeypatch
     assert run(tmp_path / "together", "apart", apart=True) == 1
     assert run(source / "artifact", "fixed", parts=("importance", "offset"), apart=True) == 0  # thresholds do not learn
     assert asked == [False, False, False, True, False]
+    helpful = False
+    assert run(source / "artifact", "useless", apart=True) == 0  # not stored where they are all 1

@@ -1,4 +1,5 @@
 """One group of the graded model: what its layers are, and their product under masks; `graded` says which gradients."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

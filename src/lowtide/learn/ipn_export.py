@@ -40,8 +40,11 @@ the inputs of the layers behind a little."""
 
 @torch.no_grad()
 def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
-    """The network's tensors in stored dtypes, gains left empty; the network itself is rounded to them."""
+    """The network's tensors in stored dtypes, gains left empty; the network itself is rounded to them. Factors that are
+    all 1 are left out."""
     found = {}
+    factors = [ipn.get(name, "factor") for name in ipn.start]
+    apart = any(factor is not None and bool(factor.any()) for factor in factors)
     for name, start in ipn.start.items():
         log = ipn.log_importance(name)
         importance = torch.where(ipn.open[name] > 0, log.exp2(), 0.0).clamp_max(65504.0).to(torch.float16)
@@ -65,7 +68,7 @@ def as_stored(ipn: Ipn) -> dict[str, IpnTensors]:
         if mix is not None:
             fields["mix"] = mix.detach().cpu().numpy().copy()
         factor = ipn.get(name, "factor")
-        if factor is not None:
+        if factor is not None and apart:
             fields["factor"] = factor.exp2().cpu().numpy()
             factor.copy_(torch.from_numpy(fields["factor"]).log2())
         if name in ipn.clusters:

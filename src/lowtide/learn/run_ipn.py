@@ -338,7 +338,7 @@ def _finish(
         "high": o.bits[1],
         "centroids": centroids,
         "key_channels": channels,
-        "factors": int(ipn.apart),
+        "factors": int(any(tensors.factor is not None for tensors in stored.values())),
     }
     attach(base, out, stored, tables, info, force, {"learned": learned})
     return {
