@@ -40,7 +40,9 @@ def test_a_tensor_left_behind_is_refused(elsewhere):
         torch.zeros(3, device=elsewhere) + torch.ones(3)
 
 
-@pytest.mark.parametrize("change", [{}, {"centroids": 3}, {"rank": 2, "prices": Prices("l1", consistency=0.1)}])
+@pytest.mark.parametrize(
+    "change", [{}, {"centroids": 3, "apart": True}, {"rank": 2, "prices": Prices("l1", consistency=0.1)}]
+)
 def test_joint_training_is_the_same_elsewhere(source, few_tokens, tmp_path, elsewhere, monkeypatch, change):
     options = dataclasses.replace(JOINT, **change)
     given = options, source / "artifact", source / "text", 400
@@ -55,7 +57,7 @@ def test_joint_training_is_the_same_elsewhere(source, few_tokens, tmp_path, else
     before, expected, found = (tensors(p) for p in (source / "artifact", tmp_path / "here", tmp_path / "there"))
     for name in (n for n in expected if n.endswith(("row_scale", "col_scale")) and "layers" in n):
         moved, wanted = found[name] / before[name] - 1, expected[name] / before[name] - 1
-        assert np.abs(wanted).max() > 1e-3
+        assert np.abs(wanted).max() > 5e-4
         assert np.corrcoef(moved.astype(np.float64), wanted.astype(np.float64))[0, 1] > 0.9
 
 

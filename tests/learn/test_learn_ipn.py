@@ -41,7 +41,12 @@ def test_the_result_is_an_ordinary_artifact_with_the_learned_rule_first(source, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     artifact, before = open_artifact(tmp_path / "out"), open_artifact(source / "artifact")
     assert artifact.manifest.policies == ["ipn", *before.manifest.policies]
-    sizes = {"features": 4, "centroids": 0, "key_channels": 0}  # too small a model for the keys of clusters
+    sizes = {
+        "features": 4,
+        "centroids": 0,
+        "key_channels": 0,
+        "factors": 0,
+    }  # too small a model for the keys of clusters
     assert artifact.manifest.ipn == {"low": 4.0, "high": 6.0} | sizes
     old, new = tensors(source / "artifact"), tensors(tmp_path / "out")
     assert all(np.array_equal(old[n], new[n]) for n in old if not n.endswith("thresholds"))

@@ -38,7 +38,7 @@ def rows_of(model: GradedModel, name: str, of: torch.Tensor) -> torch.Tensor:
     """Rows of what reads alike in a group, f32 [M, 1 ...], for `of` [M, ...]."""
     group = model.groups[name]
     rows = group.outs if len(of) > 1 else [group.out]
-    return torch.tensor(rows, dtype=torch.float32, device=of.device).view(-1, *([1] * (of.ndim - 1)))
+    return torch.tensor(rows, dtype=torch.float32).to(of.device).view(-1, *([1] * (of.ndim - 1)))
 
 
 @torch.no_grad()
