@@ -11,11 +11,12 @@ import torch
 from support.joint import Threads, make_learner
 from support.learning import FAST, tensors
 
+from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn import apart as module
 from lowtide.learn.apart import find_factors
 from lowtide.learn.ipn import At, Ipn
-from lowtide.learn.level import densities
+from lowtide.learn.level import densities, project
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_ipn
 
@@ -91,13 +92,24 @@ def test_what_was_spoilt_is_found_to_be_better_undone(source):
 
 def test_two_processes_find_what_one_does(source):
     whole, barrier, slots = make(source), threading.Barrier(2), [None, None]
-    find_factors(whole)
     learners = [make(source, Threads(rank, barrier, slots)) for rank in range(2)]
-    threads = [threading.Thread(target=find_factors, args=(learner,)) for learner in learners]
+    with torch.no_grad():
+        for learner in (whole, *learners):
+            for name in QKV:
+                learner.ipn.get(name, "factor")[2] = 1.5
+    find_factors(whole)
+    done = []
+
+    def find(learner):
+        find_factors(learner)
+        done.append(learner)
+
+    threads = [threading.Thread(target=find, args=(learner,)) for learner in learners]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(done) == 2 and factors(whole)[0, 2] < 1.5
     assert torch.equal(factors(learners[0]), factors(learners[1]))
     assert torch.allclose(factors(learners[0]), factors(whole))
 
@@ -126,9 +138,33 @@ def test_bits_count_every_layers_own_rows(source):
 def test_factors_learn_one_against_another(source):
     """What gradients say about all of them together is taken out, as it is for thresholds."""
     learner = make(source)
+    density = {name: torch.rand(3 if name in QKV else 1, 3) for name in learner.ipn.start if name != "head"}
+    for name in QKV:
+        learner.ipn.get(name, "factor").grad = torch.rand(3) + 1
+    before = learner.ipn.get(QKV[0], "factor").grad.clone()
+    project(learner.ipn, density)
+    grads = [learner.ipn.get(name, "factor").grad for name in QKV]
+    assert abs(float(sum(g.sum() for g in grads))) < 1e-4
+    taken = (before - grads[0]) / density[QKV[0]].sum(1)
+    assert torch.allclose(taken, taken[0].expand(3)) and taken[0] > 0
     learner.step(0, learner.optimiser())
-    moved = factors(learner)
-    assert (moved != 0).all() and moved.min() < 0 < moved.max()
+    assert (factors(learner) != 0).all()
+
+
+def test_a_loss_that_is_not_finite_takes_no_step(source, monkeypatch):
+    learner = make(source)
+    monkeypatch.setattr(module, "_look", lambda learner: (float("nan"), torch.zeros(2, 3)))
+    find_factors(learner)
+    assert not factors(learner).any()
+
+
+def test_a_text_of_fewer_windows_than_a_step_is_looked_at_without_those_held_out(source, monkeypatch):
+    learner, seen = make(source), []
+    learner.ids = learner.ids[:3]
+    dense = learner.dense_states
+    monkeypatch.setattr(learner, "dense_states", lambda rows: seen.extend(rows) or dense(rows))
+    find_factors(learner)
+    assert set(seen) == {0, 1}
 
 
 @pytest.mark.usefixtures("few_tokens")
@@ -178,7 +214,8 @@ def test_factors_are_looked_for_where_they_are_new(source, tmp_path, monkeypatch
     assert run(source / "artifact", "together", apart=False) == 0
     assert run(tmp_path / "together", "still") == 0  # as in the network that is there
     assert run(tmp_path / "together", "apart", apart=True) == 1
-    assert run(source / "artifact", "fixed", parts=("importance", "offset"), apart=True) == 0  # thresholds do not learn
-    assert asked == [False, False, False, True, False]
+    with pytest.raises(LowtideError, match="--apart: .*; --parts importance,offset leaves theta out"):
+        run(source / "artifact", "fixed", parts=("importance", "offset"), apart=True)
+    assert asked == [False, False, False, True]
     helpful = False
     assert run(source / "artifact", "useless", apart=True) == 0  # not stored where they are all 1

@@ -84,7 +84,7 @@ Apart: TypeAlias = Annotated[
     bool | None,
     typer.Option(
         "--apart/--together",
-        help="Thresholds of their own for q, k and v. [default: as in the network it begins with, or together]",
+        help="Thresholds of their own for q, k and v. [default: as in the network it goes on with, or together]",
     ),
 ]
 Centroids: TypeAlias = Annotated[

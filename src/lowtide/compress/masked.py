@@ -179,20 +179,20 @@ class MaskedModel:
         a = x - stats.mean
         y = bias + F.linear(a, group.outliers)
         planes = group.planes.split(group.outs, 1)
-        total = torch.cat([self._products(group, a, *each) for each in zip(levels, planes, strict=True)], -1)
-        y += total * group.row_scale
+        parts: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for i, (own, plane) in enumerate(zip(levels, planes, strict=True)):
+            if not i or own is not levels[i - 1]:
+                gamma = torch.cat([torch.zeros(1), group.shrink])[own.long()]
+                values = self._coefficients(a * group.col_scale * gamma, own, len(plane))
+            total = F.linear(values[0], plane[0])
+            for value, digits in zip(values[1:], plane[1:], strict=True):
+                total += F.linear(value, digits)
+            parts.append(total)
+        y += torch.cat(parts, -1) * group.row_scale
         if len(group.exact_channels):
             y += x[..., group.exact_channels] @ group.exact
         return y, levels
-
-    def _products(self, group: _Group, a: torch.Tensor, levels: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
-        """a f32 [..., in] times the digits of planes f32 [S, out, in] at levels i32 [..., in]: f32 [..., out]."""
-        gamma = torch.cat([torch.zeros(1), group.shrink])[levels.long()]
-        values = self._coefficients(a * group.col_scale * gamma, levels, len(planes))
-        total = F.linear(values[0], planes[0])
-        for value, plane in zip(values[1:], planes[1:], strict=True):
-            total += F.linear(value, plane)
-        return total
 
     def _coefficients(self, base: torch.Tensor, levels: torch.Tensor, slices: int) -> list[torch.Tensor]:
         """Coefficient of every channel for each slice, 0 where it is not read, rounded as engines do it per class."""

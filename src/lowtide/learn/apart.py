@@ -34,7 +34,7 @@ def find_factors(learner: Learner, report: Callable[[int, int], None] = lambda *
     call.
 
     Args:
-        learner: the first of its windows are seen.
+        learner: the first of its windows but those held out are seen. Both ends of its budgets count the same.
         report: told of every trial; their number is not known before, at most the total.
     """
     ipn = learner.ipn
@@ -50,7 +50,7 @@ def find_factors(learner: Learner, report: Callable[[int, int], None] = lambda *
                 value, _ = _look(learner)
                 trials += 1
                 report(trials, most)
-                if value > best - WORTH:
+                if not value < best - WORTH:
                     _move(ipn, member, -step, shares)
                     break
                 best, taken = value, taken + 1
@@ -63,13 +63,14 @@ def _look(learner: Learner) -> tuple[float, torch.Tensor]:
     """The mean of log KL at both ends of the budgets, corrected for their bits, and what share q, k and v have in the
     density of all thresholds there, f32 [2, 3]."""
     team, model, ipn, o = learner.parallel, learner.model, learner.ipn, learner.options
-    batches = max(1, min(TOKENS // learner.ids.shape[1], len(learner.ids) - learner.held) // o.windows)
+    count = len(learner.ids) - learner.held
+    batches = max(1, min(TOKENS // learner.ids.shape[1], count) // o.windows)
     model.refresh()
     value, shares = 0.0, torch.zeros(2, 3)
     for end, bits in enumerate((ipn.low, ipn.high)):
         found, own, every = torch.zeros(2), torch.zeros(3), torch.zeros(())
         for batch in range(batches):
-            rows = [batch * o.windows + i for i in range(o.windows)][team.share(o.windows)]
+            rows = [(batch * o.windows + i) % count for i in range(o.windows)][team.share(o.windows)]
             at = At(ipn, bits, keep_density=True, full_head=o.head == "full")
             hidden, read = model.hidden(learner.ids[rows], at)
             kl = head_kl(model, hidden, learner.dense_states(rows), learner.dense_head, at)

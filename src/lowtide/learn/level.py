@@ -52,7 +52,7 @@ def hold(ipn: Ipn, bits: float, read: float, density: float) -> None:
 
 @torch.no_grad()
 def project(ipn: Ipn, density: dict[str, torch.Tensor]) -> None:
-    """Take what all thresholds have in common out of the gradients of `delta` and `slope`."""
+    """Take what all thresholds have in common out of the gradients of `delta`, `slope` and `factor`."""
     total = float(sum(d.sum() for d in density.values()))
     if total <= 0:
         return

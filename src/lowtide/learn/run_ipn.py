@@ -228,6 +228,8 @@ def _check(options: IpnOptions, tokens: int, grid: list[float]) -> None:
         raise LowtideError(
             f"--parts {','.join(options.parts)}: offset must be among them; an artifact stores its probes"
         )
+    if options.apart and "theta" not in options.parts:
+        raise LowtideError(f"--apart: factors are of thresholds; --parts {','.join(options.parts)} leaves theta out")
     if tokens < 1:
         raise LowtideError(f"--tokens {tokens}: must be 1 or more")
     low, high = options.bits
