@@ -144,6 +144,18 @@ class TestThresholds:
         assert "mix norm" in table
         assert f"{figures['thresholds'][0]['mix_norm']:.3f}" in table
 
+    def test_factors_are_log2_of_q_k_and_v_alone(self, cli, tmp_path):
+        path = make_artifact(tmp_path / "a", policies=("ipn",), factors=True)
+        rows = json.loads(cli("inspect", path, "--thresholds", "--json").stdout)["thresholds"]
+        for row in rows:
+            factor = open_artifact(path).groups[row["group"]].ipn.factor
+            expected = None if factor is None else pytest.approx(np.log2(factor).tolist())
+            assert row["apart"] == expected and (factor is not None) == row["group"].endswith("qkv")
+        table = cli("inspect", path, "--thresholds").stdout
+        assert "q, k, v" in table and "+0.77 +0.00 -0.74" in table and "own for q, k and v" in table
+        plain = cli("inspect", make_artifact(tmp_path / "b", policies=("ipn",)), "--thresholds").stdout
+        assert "q, k" not in plain
+
     def test_centroids_are_told(self, cli, tmp_path):
         path = make_artifact(tmp_path / "a", policies=("ipn",), centroids=5)
         assert "ipn: 5 centroids of each group's inputs, told apart by 16 channels" in cli("inspect", path).stdout

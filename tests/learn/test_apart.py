@@ -8,14 +8,18 @@ import threading
 import numpy as np
 import pytest
 import torch
+import typer
 from support.joint import Threads, make_learner
 from support.learning import FAST, tensors
 
+from lowtide.cli import learn
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
 from lowtide.learn import apart as module
+from lowtide.learn import run_ipn
 from lowtide.learn.apart import find_factors
 from lowtide.learn.ipn import At, Ipn
+from lowtide.learn.ipn_train import IpnOptions
 from lowtide.learn.level import densities, project
 from lowtide.learn.parallel import Parallel
 from lowtide.learn.run_ipn import learn_ipn
@@ -165,6 +169,23 @@ def test_a_text_of_fewer_windows_than_a_step_is_looked_at_without_those_held_out
     monkeypatch.setattr(learner, "dense_states", lambda rows: seen.extend(rows) or dense(rows))
     find_factors(learner)
     assert set(seen) == {0, 1}
+
+
+@pytest.mark.parametrize("asked, expected", [([], None), (["--apart"], True), (["--together"], False)])
+@pytest.mark.parametrize("command", ["ipn", "joint"])
+def test_the_commands_hand_their_options_on(monkeypatch, command, asked, expected):
+    class Seen(Exception):
+        pass
+
+    def run(*given, **_):
+        (options,) = (value for value in given if isinstance(value, IpnOptions))
+        assert options.apart is expected and options.own_text == 0.25
+        raise Seen
+
+    monkeypatch.setattr(run_ipn, f"learn_{command}", run)
+    paths = ["artifact", "model", "out"] if command == "ipn" else ["model", "out"]
+    with pytest.raises(Seen):
+        typer.main.get_command(learn.app)([command, *paths, "--own-text", "0.25", *asked], standalone_mode=False)
 
 
 @pytest.mark.usefixtures("few_tokens")

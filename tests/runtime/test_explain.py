@@ -111,6 +111,18 @@ def test_long_texts_go_through_in_parts_and_describe_the_extremes(tmp_path):
     assert all(layer["weights"] and all(layer["channels"]) for d in found.details.values() for layer in d["layers"])
 
 
+def test_where_q_k_and_v_differ_the_page_shows_the_one_that_reads_most(tmp_path):
+    path = make_artifact(tmp_path / "a", policies=("ipn",), factors=True)
+    found, (_, _, readings) = explain(path, TEXT, 5.0), trace(path)
+    reading = next(r for r in readings if r.index == 0)
+    for t, detail in found.details.items():
+        q, k, v = (own[int(t)] for own in reading.levels)
+        assert (q <= k).all() and (k <= v).all() and q.sum() < v.sum()
+        entry = detail["layers"][0]
+        assert entry["levels"][0] == [np.count_nonzero(v == level) for level in range(4)]
+        assert all(level == v[c] for c, level, _ in entry["channels"][0])
+
+
 CENTROIDS = {"policies": ("ipn",), "centroids": 5, "factors": True}
 
 

@@ -10,6 +10,7 @@ counts by `ELASTICITY`. Training may then move every layer's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -79,7 +80,7 @@ def _look(learner: Learner) -> tuple[float, torch.Tensor]:
                 every += density.sum().cpu()
                 own += density.sum(1).cpu() if ipn.get(name, "factor") is not None else 0
         kl, read = team.reduce_mean(found).tolist()
-        value += (torch.log(torch.tensor(kl).clamp_min(1e-8)).item() + ELASTICITY * (read - bits)) / 2
+        value += (math.log(max(kl, 1e-8)) + ELASTICITY * (read - bits)) / 2
         shares[end] = team.reduce_mean(own) / team.reduce_mean(every).clamp_min(1e-9)
     return value, shares
 
