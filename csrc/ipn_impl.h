@@ -73,11 +73,14 @@ static int64_t code(const lt_group &g, const float *x) {
       fits<1, false>(g, picked, k, n, fit);
     } else {
       fits<1, true>(g, picked, k, n, fit);
+      for (int64_t i = n; i < 16; ++i) fit[i] = -INFINITY;
     }
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(fit[i] > best)) continue;
-      best = fit[i];
-      found = k + i;
+    f32x16 top = splat(-INFINITY);
+    for (int64_t i = 0; i < n; i += 16) top = maximum(load(fit + i), top);
+    const float most = max_lanes(top);
+    if (!(most > best)) continue;  // most blocks: their keys are not looked at one by one
+    best = most;
+    for (found = k; fit[found - k] != most; ++found) {
     }
   }
   return found;
