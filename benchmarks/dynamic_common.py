@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from lowtide.compress.dense import DenseModel
+from lowtide.compress.same_model import check_same_model
 from lowtide.compress.sources import Source, open_source
 from lowtide.compress.text import encode_text, windows_of_file
-from lowtide.eval.measure import check_same_model
 from lowtide.eval.text import token_windows
 from lowtide.format.reader import Artifact, open_artifact
 

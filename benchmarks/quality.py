@@ -30,9 +30,10 @@ from rounding import RoundedSource
 
 import lowtide
 from lowtide.compress.dense import DenseModel
+from lowtide.compress.same_model import check_same_model
 from lowtide.compress.sources import Source, open_source
 from lowtide.errors import LowtideError
-from lowtide.eval.measure import check_same_model, dense_log_probabilities
+from lowtide.eval.measure import dense_log_probabilities
 from lowtide.eval.metrics import Tally, log_softmax
 from lowtide.eval.text import token_windows
 from lowtide.format.reader import Artifact, open_artifact

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lowtide.arch import group_specs
 from lowtide.compress.dense import DenseModel
+from lowtide.compress.same_model import check_same_model
 from lowtide.compress.sources import Source, open_source
 from lowtide.errors import LowtideError
 from lowtide.eval.metrics import F64, Tally, log_softmax
@@ -139,32 +140,6 @@ def evaluate(
         "file_bytes": size,
         "file_bits_per_weight": 8 * size / weights,
     }
-
-
-def check_same_model(artifact: Artifact, source: Source) -> None:
-    """Refuse a reference that the artifact was not made from.
-
-    Raises:
-        LowtideError: the shapes or the weights differ.
-    """
-    name = source.name
-    ours, theirs = artifact.config, source.config
-    for key in (
-        "architecture",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-    ):
-        a, b = getattr(ours, key), getattr(theirs, key)
-        if a != b:
-            raise LowtideError(f"{name}: another model than the artifact's: {key} is {b}, not {a}; give its own source")
-    if source.fingerprint() != artifact.manifest.model_id:
-        raise LowtideError(
-            f"{name}: the artifact was made from other weights of this shape; give the model it was made from"
-        )
 
 
 def all_weights(artifact: Artifact) -> int:

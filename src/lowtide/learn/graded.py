@@ -25,6 +25,7 @@ from torch import nn
 
 from lowtide.arch import GROUPS, LAYER_NORMS, norm_specs
 from lowtide.compress.dense import DenseModel, decoder_block, rms_norm, rope_tables
+from lowtide.compress.same_model import check_same_model
 from lowtide.errors import LowtideError
 from lowtide.format.groups import GroupTensors
 from lowtide.format.reader import Artifact
@@ -76,7 +77,7 @@ class GradedModel:
     def __init__(
         self, artifact: Artifact, dense: DenseModel, train_weights: bool = False, rank: int = 0, seed: int = 0
     ) -> None:
-        check_model(artifact, dense)
+        check_same_model(artifact, dense.source)
         self.config, self.dense, self.rank, self.seed = dense.config, dense, rank, seed
         self.device = dense.device
         self.codes: dict[str, Code] = {}
@@ -232,12 +233,6 @@ def _bias(group: GradedGroup, code: torch.Tensor | None, theta: torch.Tensor) ->
         apart, torch.ones_like(apart), torch.zeros_like(theta), *group.parameters(), group, 1.0
     )  # every score is above every threshold
     return (y + group.bias)[code]
-
-
-def check_model(artifact: Artifact, dense: DenseModel) -> None:
-    """LowtideError if the artifact is of another model."""
-    if artifact.manifest.model_id != dense.source.fingerprint():
-        raise LowtideError(f"{dense.source.name}: is not the model that the artifact was made from")
 
 
 def _group(group: GroupTensors, code: Code) -> GradedGroup:

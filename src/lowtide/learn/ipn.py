@@ -83,7 +83,7 @@ class Ipn(nn.Module):
         apart: bool = False,
     ) -> None:
         super().__init__()
-        self.low, self.high, self.apart = low, high, apart and "theta" in parts
+        self.low, self.high, self.apart = low, high, apart
         generator = torch.Generator().manual_seed(seed)
         self.grid, self.tables, self.parts = grid, dict(tables), parts
         self.features = features if "offset" in parts else 0

@@ -18,6 +18,7 @@ import torch
 from lowtide.compress import compress, products
 from lowtide.compress.dense import DenseModel
 from lowtide.compress.pack import WorkFolder
+from lowtide.compress.same_model import check_same_model
 from lowtide.compress.sources import open_source
 from lowtide.errors import LowtideError
 from lowtide.format import centroids
@@ -30,7 +31,7 @@ from lowtide.learn import ipn_progress as progress
 from lowtide.learn.agreed import agree
 from lowtide.learn.apart import find_factors
 from lowtide.learn.devices import device_for, name_of
-from lowtide.learn.graded import GradedModel, budget_tables, check_model
+from lowtide.learn.graded import GradedModel, budget_tables
 from lowtide.learn.ipn_export import TOKENS, as_stored, gains, take_stored, thresholds, write_weights
 from lowtide.learn.ipn_train import DIVERGED, IpnOptions, Learner, Report, held_out
 from lowtide.learn.parallel import Parallel, join
@@ -163,7 +164,7 @@ def _learn(
     report = report if team.main else lambda *_: None
     _check_out(out, force)
     joint = bool(options.weight_rate)
-    check_model(artifact, dense)
+    check_same_model(artifact, dense.source)
     options = first_network.settled(options, artifact if network is None else open_artifact(network))
     first = artifact if network is None else first_network.network_of(network, artifact, options)
     goes_on = first_network.goes_on(first, options)
