@@ -104,6 +104,35 @@ def test_sampling_depends_on_the_seed_alone(small_model):
     assert not torch.equal(model.sample(2, 8, seed=1), model.sample(2, 8, seed=2))
 
 
+def test_varied_text_begins_with_any_token(small_model):
+    model = DenseModel(small_model(layers=1, vocab=100).source())
+    model.embedding.mul_(3)  # tied: the model itself would favour a few
+    ids = model.sample(2000, 2, seed=3, varied=True)
+    assert torch.equal(ids[:, 0], torch.full((2000,), model.start_token()))
+    counts = torch.bincount(ids[:, 1], minlength=100)
+    assert len(counts) == 100 and 20 / 5 < counts.min() and counts.max() < 20 + 5 * 20**0.5
+
+
+def test_every_varied_text_has_a_temperature_of_its_own(small_model, monkeypatch):
+    model = DenseModel(small_model(layers=1, vocab=100).source())
+    seen = []
+
+    def spy(p, generator):
+        seen.append(p)
+        return draw(p, generator)
+
+    monkeypatch.setattr(dense, "draw", spy)
+    ids = model.sample(16, 5, seed=3, varied=True)
+    logits = model.logits(ids)
+    found = []
+    for position in range(1, 4):
+        asked, given = logits[:, position] - logits[:, position, :1], seen[position].log() - seen[position][:, :1].log()
+        found.append((asked * given).sum(1) / given.square().sum(1))
+    temperature = found[0]
+    assert torch.allclose(torch.stack(found), temperature, rtol=1e-3)  # one for all of a text
+    assert dense.COOLEST <= temperature.min() < 0.8 and 0.9 < temperature.max() <= 1
+
+
 def test_start_token_falls_back_to_the_end_of_text(small_model):
     import dataclasses
 

@@ -76,11 +76,20 @@ def test_probes_see_as_much_as_memory_allows(small, monkeypatch):
     assert probe_tokens(small.model) == least
 
 
+def test_more_clusters_are_found_on_more_text(small, monkeypatch):
+    (least, most), of_each = cluster_fit.TOKENS, cluster_fit.MEMBERS
+    assert cluster_fit.tokens_for(small.model, 64) == most
+    assert cluster_fit.tokens_for(small.model, 1024) == 1024 * of_each > most
+    monkeypatch.setattr(cluster_fit, "BYTES", 1)
+    assert cluster_fit.tokens_for(small.model, 1024) == least
+
+
 @pytest.fixture
 def mixed(small, monkeypatch, tmp_path):
     """(what is wanted, the windows, whether each is of the file) for a text of so many words of all kinds."""
     monkeypatch.setattr(sensitivity, "PROBE_TOKENS", (64, 64))
     monkeypatch.setattr(cluster_fit, "TOKENS", (640, 640))  # 20 windows
+    monkeypatch.setattr(cluster_fit, "MEMBERS", 0)
     write_folder(small.source, tmp_path / "model")
     dense = DenseModel(open_source(tmp_path / "model"))
 
@@ -122,6 +131,21 @@ def test_what_is_wanted_tells_how_much_the_model_writes(mixed):
     found, _, _ = mixed(1000, 0.25)
     assert found.key() != dataclasses.replace(found, sampled=(6, 32)).key()
     assert found.key() != dataclasses.replace(found, from_file=None).key()
+
+
+def test_what_the_model_writes_is_varied_beside_a_file_alone(mixed, written, monkeypatch):
+    seen, real = [], DenseModel.sample
+
+    def spy(self, batch, length, seed, progress, varied):
+        seen.append(varied)
+        return real(self, batch, length, seed, progress, varied)
+
+    monkeypatch.setattr(DenseModel, "sample", spy)
+    found, _, _ = mixed(1000, 0.25)
+    assert seen and all(seen) and found.varied
+    seen.clear()
+    written(100_000)
+    assert seen and not any(seen)
 
 
 def test_neither_part_outdoes_the_other_or_the_tokens_asked_for(mixed):

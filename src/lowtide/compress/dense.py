@@ -25,6 +25,8 @@ Apply = Callable[[str, torch.Tensor], torch.Tensor]
 
 CACHE_BYTES = 3 << 30
 """Weights are kept in memory as float32 up to this size; a larger model is read again block by block."""
+COOLEST = 0.7
+"""Lowest temperature of varied texts."""
 
 
 @dataclass
@@ -238,8 +240,19 @@ class DenseModel:
         return F.linear(self.hidden(ids), self.head_weight)
 
     @torch.no_grad()
-    def sample(self, batch: int, length: int, seed: int, progress: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Text from the model itself: temperature 1, no truncation, from the start token; i64 [batch, length]."""
+    def sample(
+        self,
+        batch: int,
+        length: int,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+        varied: bool = False,
+    ) -> torch.Tensor:
+        """Text from the model itself: temperature 1, no truncation, from the start token; i64 [batch, length].
+
+        With `varied` the token after it is any of the vocabulary's, each as likely (LLM-QAT, arXiv:2305.17888, begins
+        so), and every text has a temperature of its own, from COOLEST to 1: more kinds of text, fewer of them noise.
+        """
         start = self.start_token()
         dtype = torch.float32 if self.fits_cache else torch.bfloat16  # sampling needs no precision, but all blocks
         blocks = [self.block(i) if self.fits_cache else self.block(i).to(dtype) for i in range(self.config.num_layers)]
@@ -248,6 +261,9 @@ class DenseModel:
         room = partial(torch.zeros, shape, dtype=dtype, device=self.device)
         caches = [KVCache(room(), room()) for _ in blocks]
         generator = torch.Generator().manual_seed(seed)
+        coldness = torch.ones(batch, 1, device=self.device)
+        if varied:
+            coldness /= 1 - (1 - COOLEST) * torch.rand(batch, 1, generator=generator).to(self.device)
         ids = torch.full((batch, length), start, dtype=torch.int64, device=self.device)
         for position in range(length - 1):
             rope = rope_tables(self.config, position, 1, self.device)
@@ -255,7 +271,9 @@ class DenseModel:
             for block, cache in zip(blocks, caches, strict=True):
                 x = decoder_block(self.config, (block.input_norm, block.post_norm), x, block.apply, rope, cache)
             logits = F.linear(rms_norm(x, norm, self.config.rms_eps)[:, 0], head).float()
-            ids[:, position + 1] = draw(torch.softmax(logits, -1), generator)
+            if varied and position == 0:
+                logits = torch.zeros_like(logits)
+            ids[:, position + 1] = draw(torch.softmax(logits * coldness, -1), generator)
             if progress:
                 progress(position + 1)
         return ids.cpu()

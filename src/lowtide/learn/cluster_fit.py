@@ -25,10 +25,12 @@ from lowtide.learn.graded import FEATURE_GROUPS
 TOKENS, BYTES = (8_192, 65_536), 3 << 29
 """Tokens that are looked at: so many at least and at most, between them what a block's inputs leave of so much
 memory in bfloat16."""
+MEMBERS, DRAWN = 384, 160
+"""Tokens of a cluster on average, where that is more than those, and how many of them k-means goes by."""
 KEY_CHANNELS = 32
 """Channels that tell clusters apart, at most; a multiple of 16, which is what engines take at once."""
 SAMPLE, ROUNDS = 20_000, 15
-"""Tokens and rounds of k-means."""
+"""Tokens, at least, and rounds of k-means."""
 STEPS, BATCH, RATE = 400, 1024, 0.03
 """Of the logistic regression."""
 LEVELS = 15
@@ -44,11 +46,11 @@ WIDEST = 16.0
 Stored = dict[str, NDArray[Any]]
 
 
-def tokens_for(dense: DenseModel) -> int:
-    """How many tokens to look at."""
+def tokens_for(dense: DenseModel, count: int) -> int:
+    """How many tokens to look at for so many clusters."""
     config, (least, most) = dense.config, TOKENS
     values = 3 * config.hidden_size + config.intermediate_size
-    return max(least, min(most, BYTES // (2 * values)))
+    return max(least, min(max(most, MEMBERS * count), BYTES // (2 * values)))
 
 
 def key_channels(inputs: int) -> int:
@@ -130,7 +132,7 @@ def _fit(
     x = inputs[source].float()
     importance = torch.from_numpy(group.importance.astype(np.float32)).to(x.device)
     z = (x - torch.from_numpy(group.mean.astype(np.float32)).to(x.device)) * importance
-    centre = k_means(z[:: max(1, len(z) // SAMPLE)], count, generator)
+    centre = k_means(z[:: max(1, len(z) // max(SAMPLE, DRAWN * count))], count, generator)
     labels = nearest(z, centre)
     channels = _telling(x, centre)
     keys = _keys(x[:, channels], labels, count, generator)

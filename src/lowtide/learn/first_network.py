@@ -132,7 +132,7 @@ def clusters_for(
     else:
         kept = work / CLUSTERS
         if team.main and not kept.exists():
-            count = min(max(1, tokens_for(model.dense) // ids.shape[1]), len(ids) - held_out(ids))
+            count = min(max(1, tokens_for(model.dense, options.centroids) // ids.shape[1]), len(ids) - held_out(ids))
             told = functools.partial(report, "cluster")
             found = fit_clusters(artifact, model.dense, ids[:count], options.centroids, options.seed, told)
             _keep(kept, found)

@@ -1,7 +1,7 @@
 """The text that training looks at, i64 [B, N]: windows of a file, text that the model writes, or both.
 
-What is learned from a file holds for texts like it. A part that the model writes, which is of all kinds that it knows,
-makes it hold elsewhere, too (docs/dynamic.md).
+What is learned from a file holds for texts like it. A part that the model writes, of all kinds that it knows
+(`DenseModel.sample`, varied), makes it hold elsewhere, too (docs/dynamic.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ class Wanted:
     def key(self) -> bytes:
         """What tells one text from another, before any of it is written."""
         read = b"" if self.from_file is None else self.from_file.numpy().tobytes()
-        return read + (repr(self.sampled).encode() if self.sampled[0] else b"")
+        return read + (repr((self.sampled, self.varied)).encode() if self.sampled[0] else b"")
+
+    @property
+    def varied(self) -> bool:
+        """Whether what the model writes is to be of many kinds: beside a file, not as all of the text, which should be
+        as the model's own is."""
+        return self.from_file is not None
 
 
 def check_part(options: IpnOptions, path: str | Path | None) -> None:
@@ -65,7 +71,7 @@ def wanted(dense: DenseModel, path: Path | None, tokens: int, options: IpnOption
     if not options.own_text:
         return Wanted(file_windows(dense, path, tokens, options.seed), (0, 0))
     useful, window = sampled_shape(dense, tokens, options)
-    clustered = min(tokens, tokens_for(dense)) // window if options.centroids else 0
+    clustered = min(tokens, tokens_for(dense, options.centroids)) // window if options.centroids else 0
     count = max(useful, clustered)
     found = file_windows(dense, path, round((1 - options.own_text) * count) * window, options.seed, window)
     # As many as the file has windows for: a short one is not to drown in what is written beside it.
@@ -81,7 +87,7 @@ def windows(
     if not of.sampled[0]:
         assert of.from_file is not None
         return of.from_file
-    written = sampled_windows(team, dense, of.sampled, options.seed, work, report)
+    written = sampled_windows(team, dense, of.sampled, options.seed, work, report, of.varied)
     if of.from_file is None:
         return written
     places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (of.from_file, written)])
@@ -108,7 +114,13 @@ def sampled_shape(dense: DenseModel, tokens: int, options: IpnOptions) -> tuple[
 
 
 def sampled_windows(
-    team: Parallel, dense: DenseModel, shape: tuple[int, int], seed: int, work: Path, report: Report
+    team: Parallel,
+    dense: DenseModel,
+    shape: tuple[int, int],
+    seed: int,
+    work: Path,
+    report: Report,
+    varied: bool = False,
 ) -> torch.Tensor:
     """Text that the model writes, and keeps in `work`: a run that goes on reads it there, for on another device, or
     with products in another type, the same seed soon gives other words.
@@ -121,7 +133,7 @@ def sampled_windows(
         return team.first(torch.zeros(shape, dtype=torch.int64))
     if kept.exists():
         return team.first(_read(kept, shape, dense.config.vocab_size))
-    found = _written(dense, *shape, seed, report)
+    found = _written(dense, *shape, seed, report, varied)
     temporary = kept.with_suffix(".tmp.npy")
     np.save(temporary, found.numpy())
     os.replace(temporary, kept)
@@ -138,7 +150,7 @@ def _read(kept: Path, shape: tuple[int, int], vocab_size: int) -> torch.Tensor:
     return torch.from_numpy(found)
 
 
-def _written(dense: DenseModel, count: int, window: int, seed: int, report: Report) -> torch.Tensor:
+def _written(dense: DenseModel, count: int, window: int, seed: int, report: Report, varied: bool) -> torch.Tensor:
     """Some windows at a time."""
     parts, rounds = [], -(-count // SAMPLED_AT_ONCE)
     for number in range(rounds):
@@ -147,5 +159,5 @@ def _written(dense: DenseModel, count: int, window: int, seed: int, report: Repo
         def progress(done: int, before: int = number * window) -> None:
             report("sample", before + done + 1, rounds * window)
 
-        parts.append(dense.sample(batch, window, seed + number * 1_000_003, progress))
+        parts.append(dense.sample(batch, window, seed + number * 1_000_003, progress, varied))
     return torch.cat(parts)
