@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support import tiny
 from support.tiny import ODD, Tiny, make_artifact
 
 from lowtide.errors import LowtideError
@@ -30,6 +31,7 @@ SHAPES = {
     # rows of q, k and v are so short that threads share out entries, each layer's own
     "short-factors": Tiny(hidden=320, intermediate=70, layers=1, heads=4, kv_heads=2, head_dim=20, factors=True),
     "odd-centroids": dataclasses.replace(ODD, layers=2, centroids=64, key_channels=32),
+    "many-centroids": dataclasses.replace(ODD, centroids=2 * 64 + 16 + 6),
     # rows of o are so short that threads share out its entries
     "wide-centroids": Tiny(
         hidden=320, intermediate=70, layers=1, head_dim=20, centroids=64, key_channels=128, factors=True
@@ -164,6 +166,35 @@ def test_centroids_are_for_the_rule_ipn_alone(tmp_path, shape):
     pair = [Engine(a, threads=1) for a in (with_, without)]
     (a, read), (b, expected) = (e.decode(int(tokens[0]), 0, policy(with_, "ipn")) for e in pair)
     assert not np.array_equal(a, b) and read != expected
+
+
+def test_of_keys_that_fit_as_well_the_first_wins(tmp_path, monkeypatch):
+    """Within sixteen, within a block of 64 and in another."""
+    real = tiny._add_centroids
+
+    def repeated(made, shapes, *rest):
+        real(made, shapes, *rest)
+        if made.keys is not None:
+            again = np.arange(made.keys.shape[1]) % 7
+            made.keys, made.key_scale, made.key_bias = made.keys[:, again], made.key_scale[again], made.key_bias[again]
+
+    monkeypatch.setattr(tiny, "_add_centroids", repeated)
+    artifact = open_artifact(make_artifact(tmp_path / "a", SHAPES["many-centroids"], policies=("ipn",)))
+    inputs, rule = artifact.groups["layers.0.qkv"].in_features, get_rule("ipn")
+    x = np.random.default_rng(0).normal(0, 1, (20, inputs)).astype(np.float32)
+    code = rule.code(GroupStats.of(artifact.groups["layers.0.qkv"]), x)
+    assert code.max() < 7 and len(np.unique(code)) > 2
+    nothing = dataclasses.replace(policy(artifact, "ipn"), log2_offset=100.0, gains=None)
+    o, reference = artifact.groups["layers.0.o"], ReferenceEngine(artifact)
+    for isa, threads in VARIANTS:
+        engine = Engine(artifact, threads=threads, isa=isa)
+        for row, own in zip(x, code, strict=True):
+            engine.group_product(0, row, nothing)
+            got, _ = engine.group_product(1, np.zeros(o.in_features, np.float32), nothing)
+            served = reference.middle("layers.0.o", rule, own[None])
+            np.testing.assert_allclose(
+                got[0], o.exact_part(0) @ -served.mean[0] + served.bias[0][0], rtol=1e-5, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])

@@ -26,8 +26,8 @@ TOKENS = 4096
 STEP, MOST = 0.5, 2.0
 """log2 of a factor's step, and of how far it may go."""
 WORTH = 0.01
-"""By how much the mean of log KL must fall for a step to be taken. Less is not worth another choice of channels, and may
-be chance: at 0.003 and half as much text three seeds of SmolLM2's twin found factors for v of 1.4, 1 and 0.7."""
+"""By how much the mean of log KL must fall for a step to be taken. Less is not worth another choice of channels, and
+may be chance: at 0.003 and half as much text three seeds of SmolLM2's twin found factors for v of 1.4, 1 and 0.7."""
 
 
 @torch.no_grad()
