@@ -34,7 +34,7 @@ def written(small, monkeypatch, tmp_path):
         if not keep:
             (tmp_path / NAME).unlink(missing_ok=True)
         shape = sampled_shape(small.model, tokens, options)
-        return sampled_windows(Parallel(), small.model, shape, options.seed, tmp_path, report)
+        return sampled_windows(Parallel(), small.model, shape, options.seed, tmp_path, report, options.varied)
 
     return written
 
@@ -93,13 +93,13 @@ def mixed(small, monkeypatch, tmp_path):
     write_folder(small.source, tmp_path / "model")
     dense = DenseModel(open_source(tmp_path / "model"))
 
-    def mixed(words, part, tokens=100_000, keep=False, centroids=2):
+    def mixed(words, part, tokens=100_000, keep=False, centroids=2, varied=False):
         draw = random.Random(0)
         text = " ".join("".join(draw.choices("abcdefgh", k=6)) for _ in range(words))
         (tmp_path / "file").write_text(text)
         if not keep:
             (tmp_path / NAME).unlink(missing_ok=True)
-        options = dataclasses.replace(OPTIONS, own_text=part, centroids=centroids)
+        options = dataclasses.replace(OPTIONS, own_text=part, centroids=centroids, varied=varied)
         found = wanted(dense, tmp_path / "file", tokens, options)
         ids = windows(Parallel(), dense, found, options, tmp_path, lambda *_: None)
         read = found.from_file.tolist()
@@ -120,6 +120,12 @@ def test_a_file_and_the_model_give_their_parts(mixed):
     assert fewer.sampled == (7, 32) and fewer.from_file is not None and len(fewer.from_file) == 7
 
 
+def test_beside_a_file_too_what_the_model_writes_is_varied(mixed):
+    (_, plain, read), (_, varied, same) = mixed(1000, 0.25), mixed(1000, 0.25, varied=True)
+    assert read == same and torch.equal(plain[read], varied[read])
+    assert not torch.equal(plain[~torch.tensor(read)], varied[~torch.tensor(read)])
+
+
 def test_windows_of_a_file_are_as_long_as_what_the_model_writes(mixed, monkeypatch):
     monkeypatch.setattr(training_text, "SAMPLED_WINDOW", 24)  # of 32 positions
     found, ids, read = mixed(1000, 0.5)
@@ -133,7 +139,7 @@ def test_what_is_wanted_tells_how_much_the_model_writes(mixed):
     assert found.key() != dataclasses.replace(found, from_file=None).key()
 
 
-def test_what_the_model_writes_is_varied_beside_a_file_alone(mixed, written, monkeypatch):
+def test_what_the_model_writes_is_varied_if_that_is_asked_for(written, monkeypatch):
     seen, real = [], DenseModel.sample
 
     def spy(self, batch, length, seed, progress, varied):
@@ -141,11 +147,11 @@ def test_what_the_model_writes_is_varied_beside_a_file_alone(mixed, written, mon
         return real(self, batch, length, seed, progress, varied)
 
     monkeypatch.setattr(DenseModel, "sample", spy)
-    found, _, _ = mixed(1000, 0.25)
-    assert seen and all(seen) and found.varied
-    seen.clear()
-    written(100_000)
+    plain = written(100_000)
     assert seen and not any(seen)
+    seen.clear()
+    varied = written(100_000, dataclasses.replace(OPTIONS, varied=True))
+    assert seen and all(seen) and varied.shape == plain.shape and not torch.equal(varied, plain)
 
 
 def test_neither_part_outdoes_the_other_or_the_tokens_asked_for(mixed):
@@ -174,6 +180,9 @@ def test_a_part_without_a_file_or_beyond_its_range_is_refused_at_once(small, tmp
         run_ipn.learn_joint(tmp_path / "model", tmp_path / "out", options)
     with pytest.raises(LowtideError, match="--own-text 0.5: needs --text"):
         run_ipn.learn_ipn(tmp_path / "none", tmp_path / "model", tmp_path / "out", IpnOptions(own_text=0.5))
+    with pytest.raises(LowtideError, match="--varied: .*give --own-text, or leave out --text"):
+        given = IpnOptions(varied=True), tmp_path / "text"
+        run_ipn.learn_ipn(tmp_path / "none", tmp_path / "model", tmp_path / "out", *given)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     for part in (-0.1, 1.0, float("nan")):
         with pytest.raises(LowtideError, match="--own-text .*: must be from 0 to below 1"):
@@ -185,11 +194,13 @@ def test_commands_hand_on_the_part_that_the_model_writes(command, monkeypatch):
     seen = {}
 
     def learn_it(*given):
-        seen["part"] = next(each.own_text for each in given if isinstance(each, IpnOptions))
+        options = next(each for each in given if isinstance(each, IpnOptions))
+        seen["part"], seen["varied"] = options.own_text, options.varied
         return {}
 
     for name in ("learn_ipn", "learn_joint"):
         monkeypatch.setattr(run_ipn, name, learn_it)
-    arguments = [*command, "model", "out", "--text", "text", "--own-text", "0.25"]
-    typer.main.get_command(learn.app)(arguments, standalone_mode=False)
-    assert seen == {"part": 0.25}
+    for varied in (True, False):
+        arguments = [*command, "model", "out", "--text", "text", "--own-text", "0.25", *["--varied"][: int(varied)]]
+        typer.main.get_command(learn.app)(arguments, standalone_mode=False)
+        assert seen == {"part": 0.25, "varied": varied}

@@ -25,6 +25,7 @@ from lowtide.cli.options import (
     TrainingSeed,
     TrainingText,
     TrainingTokens,
+    Varied,
 )
 
 app = typer.Typer(name="learn", help="Train what compression and pruning go by.", no_args_is_help=True)
@@ -102,6 +103,7 @@ def ipn(
     out: Out,
     text: TrainingText = None,
     own_text: OwnText = 0.0,
+    varied: Varied = False,
     tokens: TrainingTokens = 65_536,
     bits: Annotated[str, typer.Option(help="Lowest and highest budget to train for.", metavar="LOW,HIGH")] = "2,4",
     steps: Annotated[int, typer.Option(help="Steps end to end, after the self-supervised start.")] = 100,
@@ -133,7 +135,7 @@ def ipn(
     \b
     Examples:
       lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt
-      lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt --own-text 0.75
+      lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --text wiki.txt --own-text 0.85 --varied
       lowtide learn ipn smol.lowtide ./SmolLM2-135M smol-ipn.lowtide --steps 0
     """
     from lowtide.cli.progress import progress_bar
@@ -149,6 +151,7 @@ def ipn(
         centroids=centroids,
         apart=apart,
         own_text=own_text,
+        varied=varied,
         parts=tuple(p.strip() for p in parts.split(",")),
         head=head,
         prices=Prices(sparsity_loss, l1=l1, consistency=consistency),
@@ -174,6 +177,7 @@ def joint(
     ] = None,
     text: TrainingText = None,
     own_text: OwnText = 0.0,
+    varied: Varied = False,
     tokens: TrainingTokens = 262_144,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     windows: StepWindows = 8,
@@ -221,6 +225,7 @@ def joint(
         centroids=centroids,
         apart=apart,
         own_text=own_text,
+        varied=varied,
         head=head,
         prices=Prices(consistency=consistency),
         check_every=check_every,

@@ -71,6 +71,14 @@ OwnText: TypeAlias = Annotated[
         metavar="PART",
     ),
 ]
+Varied: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--varied",
+        help="What the model writes begins with any token, at temperatures from 0.7 to 1: for models that know many "
+        "kinds of text.",
+    ),
+]
 TrainingTokens: TypeAlias = Annotated[int, typer.Option("--tokens", help="Tokens of the text, at most.")]
 StepWindows: TypeAlias = Annotated[int, typer.Option("--windows", help="Windows of a step; fewer need less memory.")]
 Network: TypeAlias = Annotated[

@@ -77,6 +77,7 @@ class IpnOptions:
         apart: whether q, k and v have thresholds of their own (`lowtide.learn.apart`); None: if the network has that
             training begins with.
         own_text: part of the text that the model writes itself beside a file's, from 0 to below 1.
+        varied: whether what the model writes begins with any token and differs in temperature (`DenseModel.sample`).
         parts: ingredients that learn. check_every: steps between looks at held-out windows.
         seed: of everything drawn.
     """
@@ -97,6 +98,7 @@ class IpnOptions:
     centroids: int | None = None
     apart: bool | None = None
     own_text: float = 0.0
+    varied: bool = False
     parts: tuple[str, ...] = Ipn.PARTS
     check_every: int = 25
     seed: int = 0

@@ -1,7 +1,7 @@
 """The text that training looks at, i64 [B, N]: windows of a file, text that the model writes, or both.
 
-What is learned from a file holds for texts like it. A part that the model writes, of all kinds that it knows
-(`DenseModel.sample`, varied), makes it hold elsewhere, too (docs/dynamic.md).
+What is learned from a file holds for texts like it. A part that the model writes, which is of all kinds that it knows,
+makes it hold elsewhere, too, and more so if it is varied (docs/dynamic.md).
 """
 
 from __future__ import annotations
@@ -42,21 +42,17 @@ class Wanted:
     def key(self) -> bytes:
         """What tells one text from another, before any of it is written."""
         read = b"" if self.from_file is None else self.from_file.numpy().tobytes()
-        return read + (repr((self.sampled, self.varied)).encode() if self.sampled[0] else b"")
-
-    @property
-    def varied(self) -> bool:
-        """Whether what the model writes is to be of many kinds: beside a file, not as all of the text, which should be
-        as the model's own is."""
-        return self.from_file is not None
+        return read + (repr(self.sampled).encode() if self.sampled[0] else b"")
 
 
 def check_part(options: IpnOptions, path: str | Path | None) -> None:
-    """LowtideError if a part is to be written beside a file that is not given."""
+    """LowtideError if a part is to be written beside a file that is not given, or varied where nothing is written."""
     if options.own_text and path is None:
         raise LowtideError(
             f"--own-text {options.own_text:g}: needs --text; without one the model writes all of the text"
         )
+    if options.varied and path is not None and not options.own_text:
+        raise LowtideError("--varied: is for what the model writes; give --own-text, or leave out --text")
 
 
 def wanted(dense: DenseModel, path: Path | None, tokens: int, options: IpnOptions) -> Wanted:
@@ -87,7 +83,7 @@ def windows(
     if not of.sampled[0]:
         assert of.from_file is not None
         return of.from_file
-    written = sampled_windows(team, dense, of.sampled, options.seed, work, report, of.varied)
+    written = sampled_windows(team, dense, of.sampled, options.seed, work, report, options.varied)
     if of.from_file is None:
         return written
     places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (of.from_file, written)])
