@@ -197,9 +197,10 @@ def test_of_keys_that_fit_as_well_the_first_wins(tmp_path, monkeypatch):
             )
 
 
+@pytest.mark.parametrize("shape", ["odd-centroids", "many-centroids"])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_keys_of_inputs_out_of_bounds_are_those_of_the_specification(tmp_path, wrong):
-    artifact = open_artifact(make_artifact(tmp_path / "a", SHAPES["odd-centroids"], policies=("ipn",)))
+def test_keys_of_inputs_out_of_bounds_are_those_of_the_specification(tmp_path, wrong, shape):
+    artifact = open_artifact(make_artifact(tmp_path / "a", SHAPES[shape], policies=("ipn",)))
     group, rule = artifact.groups["layers.0.qkv"], get_rule("ipn")
     x = np.linspace(-3, 3, group.in_features, dtype=np.float32)
     if np.isinf(wrong):  # some keys fit infinitely well, some infinitely badly, and those that are 0 there not at all

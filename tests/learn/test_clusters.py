@@ -194,6 +194,51 @@ def test_clusters_are_not_fitted_to_what_is_held_out(source, tmp_path, monkeypat
     assert len(ids) == len(learner.ids) - learner.held and torch.equal(ids, learner.ids[: len(ids)])
 
 
+def test_clusters_are_fitted_to_as_much_text_as_there_are_of_them(source, tmp_path, monkeypatch):
+    seen = []
+
+    def fit(artifact, dense, ids, count, *rest):
+        seen.append(ids.numel())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first_network, "fit_clusters", fit)
+    monkeypatch.setattr(cluster_fit, "TOKENS", (32, 32))
+    monkeypatch.setattr(cluster_fit, "MEMBERS", 64)
+    for count in (2, 4):
+        given = source / "artifact", source / "model", tmp_path / f"out{count}"
+        with pytest.raises(KeyboardInterrupt):
+            learn_ipn(*given, dataclasses.replace(SOME, steps=0, centroids=count), source / "text")
+    assert seen == [128, 256]
+
+
+def test_k_means_goes_by_more_text_for_more_clusters(opened, monkeypatch):
+    seen, real = [], cluster_fit.k_means
+
+    def k_means(z, *rest):
+        seen.append(len(z))
+        return real(z, *rest)
+
+    monkeypatch.setattr(cluster_fit, "k_means", k_means)
+    monkeypatch.setattr(cluster_fit, "SAMPLE", 64)
+    monkeypatch.setattr(cluster_fit, "DRAWN", 32)
+    artifact = opened[0]
+    group = artifact.groups["layers.0.o"]
+    for count in (2, 4):
+        inputs = {"layers.0.o": torch.randn(256, len(group.importance))}
+        cluster_fit._fit(artifact, "layers.0.o", inputs, count, torch.Generator().manual_seed(0))
+    assert seen == [64, 128]
+
+
+def test_a_product_beyond_float16_says_what_to_do(source, tmp_path, monkeypatch):
+    def of(*_):
+        raise LowtideError("layers.0.o: a product with one of the centroids leaves float16's range")
+
+    monkeypatch.setattr(first_network.Clusters, "of", of)
+    given = source / "artifact", source / "model", tmp_path / "out"
+    with pytest.raises(LowtideError, match="leaves float16's range: give --centroids 0$"):
+        learn_ipn(*given, dataclasses.replace(SOME, steps=0), source / "text")
+
+
 @pytest.mark.parametrize("way", ["ipn", "joint"])
 def test_an_artifact_with_clusters_runs_and_keeps_its_budgets(source, tmp_path, way):
     out, text = tmp_path / "out", source / "text"

@@ -126,6 +126,11 @@ def test_beside_a_file_too_what_the_model_writes_is_varied(mixed):
     assert not torch.equal(plain[~torch.tensor(read)], varied[~torch.tensor(read)])
 
 
+def test_more_centroids_are_found_on_more_of_both(mixed, monkeypatch):
+    monkeypatch.setattr(cluster_fit, "MEMBERS", 320)
+    assert len(mixed(1000, 0.5)[1]) == 20 and len(mixed(1000, 0.5, centroids=3)[1]) == 30
+
+
 def test_windows_of_a_file_are_as_long_as_what_the_model_writes(mixed, monkeypatch):
     monkeypatch.setattr(training_text, "SAMPLED_WINDOW", 24)  # of 32 positions
     found, ids, read = mixed(1000, 0.5)

@@ -87,10 +87,7 @@ def _products(group: GroupTensors, linear: LinearTensors, apart: F64) -> F16:
         with np.errstate(over="ignore", invalid="ignore"):  # refused below
             found[:, part] = apart @ weight.T + linear.bias[part].astype(np.float64)
     if not np.all(np.isfinite(found)):
-        raise LowtideError(
-            f"{linear.name}: a product with one of the centroids leaves float16's range; learn a network without "
-            "(--centroids 0)"
-        )
+        raise LowtideError(f"{linear.name}: a product with one of the centroids leaves float16's range")
     return found
 
 

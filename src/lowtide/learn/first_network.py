@@ -138,7 +138,10 @@ def clusters_for(
             _keep(kept, found)
         team.wait()
         stored = _kept(kept)
-    return {name: Clusters.of(artifact.groups[name], own, model.device) for name, own in stored.items() if own}
+    try:
+        return {name: Clusters.of(artifact.groups[name], own, model.device) for name, own in stored.items() if own}
+    except LowtideError as error:
+        raise LowtideError(f"{error}: give --centroids 0") from None
 
 
 def _keep(path: Path, found: dict[str, Stored]) -> None:

@@ -1,7 +1,7 @@
 """The text that training looks at, i64 [B, N]: windows of a file, text that the model writes, or both.
 
 What is learned from a file holds for texts like it. A part that the model writes, which is of all kinds that it knows,
-makes it hold elsewhere, too, and more so if it is varied (docs/dynamic.md).
+makes it hold elsewhere, too. Models that know many kinds can be made to write more of them (docs/dynamic.md).
 """
 
 from __future__ import annotations
