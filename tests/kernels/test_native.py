@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support import tiny
-from support.tiny import ODD, Tiny, make_artifact
+from support.native import SHAPES, VARIANTS, policy, random_tokens
+from support.tiny import Tiny, make_artifact
 
 from lowtide.errors import LowtideError
 from lowtide.format.reader import open_artifact
@@ -15,32 +15,7 @@ from lowtide.kernels.reference import ReferenceEngine
 from lowtide.kernels.types import PolicyParams
 from lowtide.rules import GroupStats, get_rule
 
-SHAPES = {
-    "default": Tiny(),
-    "odd": ODD,
-    "one-slice": Tiny(slices=1, hidden=40, intermediate=70, tied=False),
-    "four-slices": Tiny(slices=4, exact=0, outliers=0.0, qkv_bias=True),
-    "wide-tiles": Tiny(
-        hidden=320, intermediate=700, layers=1, heads=5, kv_heads=1, head_dim=64, vocab=577, outliers=0.004
-    ),
-    "many-tiles": Tiny(hidden=20, intermediate=24, layers=1, heads=2, kv_heads=1, head_dim=10, vocab=6500),
-    "grouped-heads": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, exact=1),
-    "one-centroid": dataclasses.replace(ODD, centroids=1),
-    "five-centroids": Tiny(slices=2, qkv_bias=True, centroids=5),
-    "factors": Tiny(hidden=60, heads=10, kv_heads=2, head_dim=6, factors=True),
-    # rows of q, k and v are so short that threads share out entries, each layer's own
-    "short-factors": Tiny(hidden=320, intermediate=70, layers=1, heads=4, kv_heads=2, head_dim=20, factors=True),
-    "odd-centroids": dataclasses.replace(ODD, layers=2, centroids=64, key_channels=32),
-    "many-centroids": dataclasses.replace(ODD, centroids=2 * 64 + 16 + 6),
-    # rows of o are so short that threads share out its entries
-    "wide-centroids": Tiny(
-        hidden=320, intermediate=70, layers=1, head_dim=20, centroids=64, key_channels=128, factors=True
-    ),
-    "many-tiles-factors": Tiny(hidden=320, intermediate=64, layers=1, heads=40, kv_heads=20, head_dim=32, factors=True),
-}
 FEATURES = {"odd": 5, "one-slice": 1, "four-slices": 64, "wide-tiles": 19}  # 16 elsewhere
-VARIANTS = [(isa, threads) for isa in available_isas() for threads in (1, 2, 3)]
-THRESHOLDS = np.array([0.15, 0.5, 1.1, 1.9], np.float32)
 
 
 @pytest.fixture(scope="module", params=sorted(SHAPES))
@@ -53,20 +28,6 @@ def artifact(request, tmp_path_factory):
             features=FEATURES.get(request.param, 16),
         )
     )
-
-
-def policy(artifact, rule, offset=0.0):
-    rows = np.tile(THRESHOLDS[: artifact.manifest.slices], (4 * artifact.config.num_layers + 1, 1))
-    if rule == "topk":
-        rows = np.tile(np.array([21.4, 12, 5, 2], np.float32)[: artifact.manifest.slices], (len(rows), 1))
-    if rule == "statistical-topk":
-        rows = rows - 1
-    gains = np.linspace(-0.7, 0.7, len(rows), dtype=np.float32) if rule == "ipn" else None
-    return PolicyParams(rule, rows, offset, gains)
-
-
-def random_tokens(artifact, n=21, seed=3):
-    return np.random.default_rng(seed).integers(0, artifact.config.vocab_size, n).astype(np.int32)
 
 
 # A last bit that differs turns the rounding of a coefficient the other way, and some layers later everything differs:
@@ -145,81 +106,6 @@ def test_gains_move_what_tokens_read(artifact):
             read[-1].append(engine.group_bits())
     change = (np.stack(read[0]) - np.stack(read[1]))[:, :-1]
     assert (change > 0).any() and (change < 0).any() and len(np.unique(change[:, 0])) > 1
-
-
-@pytest.mark.parametrize("shape", ["five-centroids", "odd-centroids"])
-def test_centroids_are_for_the_rule_ipn_alone(tmp_path, shape):
-    """Tokens have several, which change what is read; other rules and prompts are as without."""
-    options = {"policies": ("channel-norm", "ipn")}
-    with_, without = (
-        open_artifact(make_artifact(tmp_path / name, dataclasses.replace(SHAPES[shape], **more), **options))
-        for name, more in (("a", {}), ("b", {"centroids": 0}))
-    )
-    tokens = random_tokens(with_)
-    for rule in ("channel-norm", "topk", "dense"):
-        pair = [Engine(a, threads=1) for a in (with_, without)]
-        for i, token in enumerate(tokens):
-            (a, read), (b, expected) = (e.decode(int(token), i, policy(with_, rule)) for e in pair)
-            np.testing.assert_array_equal(a, b)
-            assert read == expected
-    np.testing.assert_array_equal(*(Engine(a, threads=1).prefill(tokens, 0) for a in (with_, without)))
-    pair = [Engine(a, threads=1) for a in (with_, without)]
-    (a, read), (b, expected) = (e.decode(int(tokens[0]), 0, policy(with_, "ipn")) for e in pair)
-    assert not np.array_equal(a, b) and read != expected
-
-
-def test_of_keys_that_fit_as_well_the_first_wins(tmp_path, monkeypatch):
-    """Within sixteen, within a block of 64 and in another."""
-    real = tiny._add_centroids
-
-    def repeated(made, shapes, *rest):
-        real(made, shapes, *rest)
-        if made.keys is not None:
-            again = np.arange(made.keys.shape[1]) % 7
-            made.keys, made.key_scale, made.key_bias = made.keys[:, again], made.key_scale[again], made.key_bias[again]
-
-    monkeypatch.setattr(tiny, "_add_centroids", repeated)
-    artifact = open_artifact(make_artifact(tmp_path / "a", SHAPES["many-centroids"], policies=("ipn",)))
-    inputs, rule = artifact.groups["layers.0.qkv"].in_features, get_rule("ipn")
-    x = np.random.default_rng(0).normal(0, 1, (20, inputs)).astype(np.float32)
-    code = rule.code(GroupStats.of(artifact.groups["layers.0.qkv"]), x)
-    assert code.max() < 7 and len(np.unique(code)) > 2
-    nothing = dataclasses.replace(policy(artifact, "ipn"), log2_offset=100.0, gains=None)
-    o, reference = artifact.groups["layers.0.o"], ReferenceEngine(artifact)
-    for isa, threads in VARIANTS:
-        engine = Engine(artifact, threads=threads, isa=isa)
-        for row, own in zip(x, code, strict=True):
-            engine.group_product(0, row, nothing)
-            got, _ = engine.group_product(1, np.zeros(o.in_features, np.float32), nothing)
-            served = reference.middle("layers.0.o", rule, own[None])
-            np.testing.assert_allclose(
-                got[0], o.exact_part(0) @ -served.mean[0] + served.bias[0][0], rtol=1e-5, atol=1e-5
-            )
-
-
-@pytest.mark.parametrize("shape", ["odd-centroids", "many-centroids"])
-@pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_keys_of_inputs_out_of_bounds_are_those_of_the_specification(tmp_path, wrong, shape):
-    artifact = open_artifact(make_artifact(tmp_path / "a", SHAPES[shape], policies=("ipn",)))
-    group, rule = artifact.groups["layers.0.qkv"], get_rule("ipn")
-    x = np.linspace(-3, 3, group.in_features, dtype=np.float32)
-    if np.isinf(wrong):  # some keys fit infinitely well, some infinitely badly, and those that are 0 there not at all
-        keys = group.ipn.keys
-        channel = int(np.argmax((keys[:, 0] < 0) & (keys > 0).any(1)))
-        x[group.ipn.channels[channel]] = wrong
-    else:
-        x[group.ipn.channels[::5]] = wrong
-    with np.errstate(all="ignore"):
-        code = rule.code(GroupStats.of(group), x[None])
-    assert (code[0] == 0) == np.isnan(wrong)
-    nothing = dataclasses.replace(policy(artifact, "ipn"), log2_offset=100.0, gains=None)
-    o, served = artifact.groups["layers.0.o"], ReferenceEngine(artifact).middle("layers.0.o", rule, code)
-    wanted = o.exact_part(0) @ -served.mean[0] + served.bias[0][0]
-    for isa, threads in VARIANTS:
-        engine = Engine(artifact, threads=threads, isa=isa)
-        engine.group_product(0, x, nothing)
-        got, _ = engine.group_product(1, np.zeros(o.in_features, np.float32), nothing)  # by the centroid of qkv
-        np.testing.assert_allclose(got[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_bits_of_the_groups_are_those_of_the_last_token(artifact):
